@@ -1,0 +1,293 @@
+"""The whole run as one frozen value: model, mesh, data, training, optimizer, logging, checkpoints.
+
+In: a recipe's name or a YAML file, and command-line flags (default < file < flag).  Out: a `Config` that is consistent in
+itself; what needs the number of ranks or the shards is checked by `resolve_mesh` and by the data set. Nothing here
+imports torch, so a wrong flag is answered in a second.
+
+The run config owns batch sizes, precision, clipping, the optimizer and its schedule. The DeepSpeed JSON owns `zero_optimization`,
+offload, communication and whatever else DeepSpeed offers (see `parallel/zero.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from megalite.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Run(Section):
+    folder: str | None = None
+    """Where everything this run writes goes; left out: runs/NAME."""
+    seed: NonNegativeInt = 1234
+    """Decides initial weights and the order of samples, in every layout alike."""
+
+
+class Model(Section):
+    family: Literal["gpt", "bert"] = "gpt"
+    """gpt: causal language model; bert: masked language model with next-sentence head."""
+    layers: PositiveInt = 12
+    """Number of transformer blocks."""
+    width: PositiveInt = 768
+    """Width d of the hidden state."""
+    heads: PositiveInt = 12
+    """Query heads h; each is width / heads wide."""
+    kv_heads: PositiveInt | None = None
+    """Key and value heads (grouped-query attention); left out: as many as heads."""
+    mlp: PositiveInt | None = None
+    """Width f of the MLP; left out: 4 x width."""
+    vocab: PositiveInt | None = None
+    """Vocabulary v; left out: that of the tokenizer the shards were made with."""
+    sequence: PositiveInt = 1024
+    """Longest sequence the model can read (learned positions end here)."""
+    positions: Literal["learned", "rope"] = "learned"
+    """learned: GPT-2 and BERT; rope: rotary embedding (Llama)."""
+    rope_base: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    norm: Literal["layer", "rms"] = "layer"
+    """layer: LayerNorm; rms: RMSNorm (Llama)."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the variance inside every norm."""
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
+    """gelu: BERT; gelu_tanh: GPT-2; swiglu: gated (Llama)."""
+    bias: bool = True
+    """Biases in the linear layers."""
+    tied: bool = True
+    """The head shares the token embedding's weight."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        return self.mlp or 4 * self.width
+
+    def model_post_init(self, _: Any) -> None:
+        if self.width % self.heads:
+            raise UserError(f"model.width = {self.width} is not divisible by model.heads = {self.heads}; choose heads that divide it")
+        if self.heads % self.num_kv_heads:
+            raise UserError(f"model.heads = {self.heads} is not divisible by model.kv_heads = {self.kv_heads}; choose kv_heads that divide it")
+        if self.positions == "rope" and self.head_width % 2:
+            raise UserError(f"rotary positions need an even head width, but width / heads = {self.head_width}; choose other heads")
+        if self.family == "bert" and (self.positions, self.norm, self.bias, self.tied) != ("learned", "layer", True, True):
+            raise UserError("model.family = bert has learned positions, LayerNorm, biases and a tied head; leave these settings out")
+
+
+class Mesh(Section):
+    dp: PositiveInt | None = None
+    """Data-parallel degree; left out: what remains of the ranks."""
+    pp: PositiveInt = 1
+    """Pipeline stages."""
+    tp: PositiveInt = 1
+    """Tensor-parallel degree."""
+    ranks: PositiveInt | None = None
+    """Ranks to fork on a machine without a GPU; left out: dp x pp x tp."""
+
+
+class Data(Section):
+    train: tuple[str, ...] = ()
+    """Shard prefixes as `megalite prepare` or Megatron wrote them, each PREFIX or PREFIX=WEIGHT."""
+    valid: str | None = None
+    """Shard prefix to validate on; left out: the .valid split beside the first training prefix, where there is one."""
+    tokenizer: str | None = None
+    """Tokenizer file or name; left out: the one stored beside the shards."""
+    sequence: PositiveInt | None = None
+    """Length s of a training sample; left out: model.sequence."""
+    whole_word: bool = False
+    """BERT: mask whole words instead of single word pieces."""
+    mask_fraction: float = Field(default=0.15, gt=0, lt=1)
+    """BERT: share of the tokens that must be predicted."""
+    corpus: tuple[str, ...] = ()
+    """Text to prepare when the shards do not exist yet, as given to `megalite prepare` (stdlib: the Python standard library)."""
+    corpus_tokenizer: str | None = None
+    """Tokenizer for that preparation, as `megalite prepare --tokenizer`."""
+    corpus_vocab: PositiveInt | None = None
+    """Vocabulary size for that preparation, as `megalite prepare --vocab-size`."""
+
+
+class Train(Section):
+    steps: PositiveInt = 1000
+    """Optimizer steps."""
+    global_batch: PositiveInt = 256
+    """Sequences an optimizer step, over the whole mesh."""
+    micro_batch: PositiveInt = 1
+    """Sequences a rank takes at once; global_batch / (dp x micro_batch) microbatches make a step."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Type of weights and activations; master weights and moments are always fp32."""
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of the microbatches in the pipeline."""
+    reduce: Literal["microbatch", "step"] | None = None
+    """ZeRO-2 and 3 reduce gradients after every microbatch (they stay sharded; the default) or once a step (less traffic, full gradients)."""
+    clip: NonNegativeFloat = 1.0
+    """Largest gradient norm over the whole mesh; 0 switches clipping off."""
+
+
+class Optimizer(Section):
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of matrices and embeddings; biases and norms are never decayed."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine or linear down to min_lr, wsd (flat, then linear over the last decay_fraction), or constant."""
+    warmup: NonNegativeInt = 100
+    """Steps of linear warm-up."""
+    min_lr: float = Field(default=0.1, ge=0, le=1)
+    """Final learning rate as a share of lr."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """wsd: share of the steps that decays."""
+
+
+class Log(Section):
+    every: PositiveInt = 10
+    """Steps between two lines of metrics."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files."""
+
+
+class Validation(Section):
+    every: NonNegativeInt = 200
+    """Steps between two validations; 0: only at the end."""
+    batches: PositiveInt = 8
+    """Global batches a validation reads."""
+
+
+class Checkpoint(Section):
+    every: NonNegativeInt = 500
+    """Steps between two checkpoints; 0: only at the end."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay."""
+    resume: str = "auto"
+    """auto: the newest whole checkpoint of the run folder; none: refuse a folder that holds some; PATH: that checkpoint."""
+
+
+class Config(Section):
+    """One training run."""
+
+    name: str = "run"
+    """What the run is called; recipes carry their own name."""
+    run: Run = Run()
+    model: Model = Model()
+    mesh: Mesh = Mesh()
+    data: Data = Data()
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    deepspeed: str | None = None
+    """DeepSpeed JSON with zero_optimization and what else is DeepSpeed's; left out: no ZeRO (stage 0)."""
+    log: Log = Log()
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+
+
+RECIPES = resources.files("megalite") / "recipes"
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with megalite."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load(name: str) -> Config:
+    """A recipe by name, or a run file by path.
+
+    Raises UserError for a name that is neither, and for keys and values that no section knows.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"run file {name} does not exist; name a recipe ({', '.join(recipes())}) or an existing .yaml file")
+        text = path.read_text()
+    elif name in recipes():
+        text = (RECIPES / f"{name}.yaml").read_text()
+    else:
+        raise UserError(f"no recipe is called {name!r}{_suggest(name, recipes())}; the recipes are {', '.join(recipes())}")
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{name} holds a {type(document).__name__}, but a run is a mapping of sections; see the recipes for examples")
+    return parse(document, source=name)
+
+
+def parse(document: dict[str, Any], *, source: str) -> Config:
+    """A mapping as a Config; every wrong key and value in one UserError."""
+    try:
+        return Config.model_validate({"name": Path(source).stem, **document})
+    except ValidationError as error:
+        raise UserError(f"{source}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """Pydantic's findings as one line, unknown keys with the nearest known one."""
+    found = []
+    for detail in error.errors():
+        path = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            section: Any = Config
+            for part in detail["loc"][:-1]:
+                section = section.model_fields[part].annotation
+            found.append(f"{path} is no setting{_suggest(str(detail['loc'][-1]), list(section.model_fields))}")
+        elif isinstance(detail.get("ctx", {}).get("error"), UserError):
+            found.append(str(detail["ctx"]["error"]))
+        else:
+            found.append(f"{path} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}")
+    return "; ".join(found)
+
+
+def _suggest(wrong: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(wrong, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def resolve_mesh(config: Config, world: int) -> Config:
+    """Fill in mesh.dp for `world` ranks and check everything that depends on the mesh.
+
+    Raises UserError naming both numbers and the cure.
+    """
+    mesh, model, train = config.mesh, config.model, config.train
+    rest = mesh.pp * mesh.tp
+    dp = mesh.dp or max(1, world // rest)
+    if dp * rest != world:
+        product = f"mesh dp*pp*tp = {dp}*{mesh.pp}*{mesh.tp} = {dp * rest}"
+        raise UserError(f"{product}, but {world} ranks were started; start {dp * rest} or change mesh.dp, mesh.pp or mesh.tp")
+    for what, value in (("model.heads", model.heads), ("model.kv_heads", model.num_kv_heads)):
+        if value % mesh.tp:
+            raise UserError(f"{what} = {value} is not divisible by mesh.tp = {mesh.tp}; lower mesh.tp to a divisor of {value}")
+    if mesh.pp > model.layers + 2:
+        raise UserError(f"mesh.pp = {mesh.pp} stages, but {model.layers} blocks, embedding and head make {model.layers + 2}; lower mesh.pp")
+    if train.global_batch % (dp * train.micro_batch):
+        raise UserError(
+            f"train.global_batch = {train.global_batch} is not divisible by mesh.dp x train.micro_batch = {dp} x {train.micro_batch}; "
+            f"choose a multiple of {dp * train.micro_batch}"
+        )
+    microbatches = train.global_batch // (dp * train.micro_batch)
+    if train.schedule == "1f1b" and microbatches < mesh.pp:
+        raise UserError(
+            f"{microbatches} microbatches (global_batch {train.global_batch} / dp {dp} / micro_batch {train.micro_batch}) cannot fill "
+            f"mesh.pp = {mesh.pp} stages under 1f1b; raise train.global_batch or lower train.micro_batch"
+        )
+    if config.data.sequence and config.data.sequence > model.sequence:
+        raise UserError(f"data.sequence = {config.data.sequence} is longer than model.sequence = {model.sequence}; lower data.sequence")
+    if model.vocab is not None and model.vocab < mesh.tp:
+        raise UserError(f"model.vocab = {model.vocab} is smaller than mesh.tp = {mesh.tp}; lower mesh.tp")
+    return config.model_copy(update={"mesh": mesh.model_copy(update={"dp": dp})})

@@ -1,0 +1,163 @@
+"""Plain model + mesh -> something that can step. The only place where models and parallelism meet.
+
+The order of things, for this rank's stage: build a layer on the meta device, cut it by the plan (tensor parallelism), draw its
+weights by name, shard it (ZeRO-3); then tie, wrap the stage (ZeRO), set up the schedule (pipeline). One layer at a time, so no rank
+ever holds more than one layer beside its own shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalite import models, optim
+from megalite.config import Config
+from megalite.mesh import Mesh
+from megalite.models import counts
+from megalite.parallel import stages, tensor, zero
+from megalite.parallel.pipeline import Batch, Pipeline
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one optimizer step says: the mean loss over the global batch, the gradient norm of the whole mesh before clipping."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+class Stage(nn.Module):
+    """This rank's layers, under the names they have in the whole model: x or ids in, hidden state or loss out."""
+
+    def __init__(self, parts: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            models.attach(self, name, part)
+        self.order = list(parts)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        for name in self.order:
+            x = self.get_submodule(name)(x, batch)
+        return x
+
+
+class Engine:
+    """Trains config's model on this mesh, one global batch at a time."""
+
+    def __init__(self, config: Config, mesh: Mesh, *, document: dict[str, Any]) -> None:
+        """`document` is the DeepSpeed JSON; `{}` means no ZeRO. config.model.vocab must be known."""
+        self.config, self.mesh = config, mesh
+        self.dtype = DTYPES[config.train.precision]
+        self.num_microbatches = config.train.global_batch // (mesh.dp * config.train.micro_batch)
+        stage = document.get("zero_optimization", {}).get("stage", 0)
+        configuration = zero.settings(
+            document, precision=config.train.precision, micro_batch=config.train.micro_batch, reduce=config.train.reduce or "microbatch"
+        )
+        module = self._build(shard=stage == 3, configuration=configuration)
+        tied = {name for pair in models.tied(config.model).items() for name in pair}
+        self.zero = zero.Zero(
+            module, mesh=mesh, configuration=configuration, zero_stage=stage, optimizer=self._optimizer(module, tied), tied=tied
+        )
+        sequence = config.data.sequence or config.model.sequence
+        self.pipeline = Pipeline(
+            self.zero,
+            mesh=mesh,
+            schedule=config.train.schedule,
+            num_microbatches=self.num_microbatches,
+            hidden=(config.train.micro_batch, sequence, config.model.width),
+            dtype=self.dtype,
+        )
+
+    def _build(self, *, shard: bool, configuration: dict[str, Any]) -> Stage:
+        model, mesh = self.config.model, self.mesh
+        layers, plan, tied = models.layers(model), models.plan(model), models.tied(model)
+        mine = stages.assign(counts.layer_costs(model, self.config.data.sequence or model.sequence), mesh.pp)[mesh.pp_rank]
+        parts: dict[str, nn.Module] = {}
+        known: dict[str, nn.Parameter] = {}
+        for name, make in layers[mine.start : mine.stop]:
+            with torch.device("meta"):
+                layer = make()
+            tensor.cut(layer, name, plan=plan, mesh=mesh)
+            self._draw(layer, known, tied)
+            if shard:
+                zero.shard(layer, configuration=configuration, mesh=mesh, dtype=self.dtype)
+            for parameter in layer.parameters():
+                known[parameter.cut.name] = parameter  # type: ignore[attr-defined]
+            parts[name] = layer
+        return Stage(parts)
+
+    @torch.no_grad()
+    def _draw(self, layer: nn.Module, known: dict[str, nn.Parameter], tied: dict[str, str]) -> None:
+        """Give every parameter of a cut meta layer its initial value; a tied one whose source is on this stage becomes that very one."""
+        for module in layer.modules():
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                cut = parameter.cut  # type: ignore[attr-defined]
+                source = known.get(tied.get(cut.name, ""))
+                if source is None:
+                    full = models.draw(cut.name, cut.shape, model=self.config.model, seed=self.config.run.seed)
+                    source = nn.Parameter(cut.take(full).to(self.mesh.device, self.dtype, copy=True))
+                    source.cut = cut  # type: ignore[attr-defined]
+                setattr(module, leaf, source)
+
+    def _optimizer(self, module: nn.Module, tied: set[str]) -> torch.optim.AdamW:
+        """AdamW over three groups: decayed, not decayed, tied. Tied copies lie alone, so that every stage cuts them alike."""
+        settings = self.config.optimizer
+        groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "tied": []}
+        for parameter in module.parameters():
+            cut = parameter.cut  # type: ignore[attr-defined]
+            groups["tied" if cut.name in tied else "decayed" if optim.decays(cut.name, cut.shape) else "plain"].append(parameter)
+        return torch.optim.AdamW(
+            [
+                {"params": parameters, "weight_decay": 0.0 if kind == "plain" else settings.weight_decay}
+                for kind, parameters in groups.items()
+                if parameters
+            ],
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=self.mesh.device.type == "cuda",
+        )
+
+    def step(self, step: int, microbatches: list[Batch]) -> Report:
+        """Take optimizer step number `step` (from 0) on this rank's microbatches of the global batch."""
+        settings = self.config
+        lr = optim.learning_rate(step, settings.optimizer, settings.train.steps)
+        losses = self.pipeline.train(list(self._weigh(microbatches)))
+        norm = self.zero.update(lr=lr, clip=settings.train.clip)
+        return Report(loss=self._mean(losses), grad_norm=norm, lr=lr)
+
+    def validate(self, microbatches: list[Batch]) -> float:
+        """Mean loss over one global batch, forward alone."""
+        return self._mean(self.pipeline.validate(list(self._weigh(microbatches))))
+
+    def _weigh(self, microbatches: list[Batch]) -> Iterator[Batch]:
+        """Add what every target counts in the mean over the global batch, on every stage alike.
+
+        The number of targets of a BERT batch differs from rank to rank; the mean is over all of them. DeepSpeed averages gradients
+        over dp, so a rank's weights add up to dp times its share.
+        """
+        batches = [{name: value.to(self.mesh.device, non_blocking=True) for name, value in batch.items()} for batch in microbatches]
+        targets = torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum()
+        dist.all_reduce(targets, group=self.mesh.group("dp"))
+        for batch in batches:
+            batch["weights"] = (batch["labels"] != -100) * (self.mesh.dp / targets)
+            if "next_sentence" in batch:
+                share = self.mesh.dp / self.config.train.global_batch
+                batch["pair_weights"] = torch.full(batch["next_sentence"].shape, share, device=self.mesh.device)
+            yield batch
+
+    def _mean(self, losses: list[Tensor]) -> float:
+        """The mean loss over the global batch, on every rank: the last stage's sum, averaged over dp."""
+        total = torch.zeros(1, device=self.mesh.device)
+        if self.mesh.last_stage and self.mesh.tp_rank == 0:
+            total = torch.stack(losses).sum().reshape(1) / self.mesh.dp
+        dist.all_reduce(total)
+        return total.item()

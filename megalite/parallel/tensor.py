@@ -1,0 +1,154 @@
+"""Tensor parallelism, applied to a plain layer from outside: column, row, vocabulary embedding, vocabulary-parallel loss.
+
+In: a layer on the meta device, a plan of names -> cuts, the tensor-parallel axis.  Out: the same layer with its modules
+swapped for the ones here and with a `Cut` on every parameter, shapes local to this rank. Shoeybi et al. 2019, arXiv:1909.08053:
+
+    column   y_i = x A_i        A cut along its output; x is copied, its gradient summed
+    row      y = sum_i x_i A_i  A cut along its input; the partial sums are reduced, then the bias is added once
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megalite.layout import Cut, split
+from megalite.mesh import Mesh
+from megalite.parallel import collectives
+
+
+class ColumnLinear(nn.Module):
+    """x (..., d) -> this rank's columns (..., f / tp)."""
+
+    def __init__(self, plain: nn.Linear, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.weight, self.bias, self.group = plain.weight, plain.bias, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(collectives.copy(x, self.group), self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """This rank's share of the input (..., f / tp) -> the whole output (..., d), the same on every rank."""
+
+    def __init__(self, plain: nn.Linear, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.weight, self.bias, self.group = plain.weight, plain.bias, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = collectives.reduce(F.linear(x, self.weight), self.group)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabularyEmbedding(nn.Module):
+    """ids (b, s) -> (b, s, d); each rank looks up the ids it holds, the sum over the ranks is the embedding."""
+
+    def __init__(self, plain: nn.Embedding, group: dist.ProcessGroup, rows: range) -> None:
+        super().__init__()
+        self.weight, self.group, self.rows = plain.weight, group, rows
+
+    def forward(self, ids: Tensor) -> Tensor:
+        here = (ids >= self.rows.start) & (ids < self.rows.stop)
+        found = F.embedding((ids - self.rows.start).where(here, 0), self.weight)
+        return collectives.reduce(found * here.unsqueeze(-1), self.group)
+
+
+class VocabularyLoss(nn.Module):
+    """Weighted cross-entropy over a vocabulary that lies on several ranks: no rank ever holds all logits of a token.
+
+    logits (b, s, v / tp), labels (b, s), weights (b, s) -> the sum, shape (), the same on every rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, rows: range) -> None:
+        super().__init__()
+        self.group, self.rows = group, rows
+
+    def forward(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        losses = _CrossEntropy.apply(logits.flatten(0, 1), labels.clamp(min=0).flatten(), self.rows, self.group)
+        return torch.dot(losses, weights.flatten().float())  # type: ignore[arg-type]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[label] with logits (n, v / tp); three all-reduces of n numbers, fp32 inside."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, rows: range, group: dist.ProcessGroup) -> Tensor:
+        logits32 = logits.float()
+        largest = logits32.amax(dim=-1)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        shifted = logits32 - largest.unsqueeze(-1)
+        here = (labels >= rows.start) & (labels < rows.stop)
+        local = (labels - rows.start).where(here, 0)
+        own = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1) * here
+        exp = shifted.exp_()
+        total = exp.sum(dim=-1)
+        dist.all_reduce(own, group=group)
+        dist.all_reduce(total, group=group)
+        ctx.save_for_backward(exp.div_(total.unsqueeze(-1)), local, here)
+        ctx.dtype = logits.dtype
+        return total.log() - own
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        grad, local, here = ctx.saved_tensors  # the probabilities, changed in place: the largest tensor of the step, used once
+        grad.scatter_add_(-1, local.unsqueeze(-1), -here.unsqueeze(-1).to(grad.dtype))
+        return grad.mul_(grads[0].unsqueeze(-1)).to(ctx.dtype), None, None, None
+
+
+def cut(layer: nn.Module, name: str, *, plan: dict[str, str], mesh: Mesh) -> None:
+    """Cut `layer` (on the meta device, called `name` in the model) by the plan, in place; every parameter gets its `.cut`.
+
+    With tp = 1 only the `.cut`s are written: the model stays plain.
+    """
+    for path, module in list(layer.named_modules(prefix=name)):
+        how = _rule(plan, path)
+        if how is None:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                _mark(parameter, Cut(f"{path}.{leaf}", tuple(parameter.shape)))
+            continue
+        swapped = _cut_module(module, path, how=how, mesh=mesh)
+        if mesh.tp > 1:
+            parent, _, leaf = path[len(name) + 1 :].rpartition(".")
+            setattr(layer.get_submodule(parent), leaf, swapped)
+
+
+def _rule(plan: dict[str, str], path: str) -> str | None:
+    return plan.get(re.sub(r"\.\d+\.", ".*.", path))
+
+
+def _mark(parameter: nn.Parameter, cut: Cut) -> None:
+    parameter.cut = cut  # type: ignore[attr-defined]
+
+
+def _cut_module(module: nn.Module, path: str, *, how: str, mesh: Mesh) -> nn.Module:
+    dims = {"column": {"weight": 0, "bias": 0}, "row": {"weight": 1, "bias": None}, "vocabulary": {"weight": 0}, "vocabulary_loss": {}}[how]
+    for leaf, parameter in list(module.named_parameters(recurse=False)):
+        sections = getattr(module, "sections", ()) if dims[leaf] == 0 else ()
+        found = Cut(f"{path}.{leaf}", tuple(parameter.shape), dims[leaf], tuple(sections), index=mesh.tp_rank, num=mesh.tp)
+        local = nn.Parameter(torch.empty(found.local_shape, dtype=parameter.dtype, device="meta"))
+        _mark(local, found)
+        setattr(module, leaf, local)
+    if mesh.tp == 1:
+        return module
+    group = mesh.group("tp")
+    if how == "column":
+        assert isinstance(module, nn.Linear)
+        return ColumnLinear(module, group)
+    if how == "row":
+        assert isinstance(module, nn.Linear)
+        return RowLinear(module, group)
+    if how == "vocabulary":
+        assert isinstance(module, nn.Embedding)
+        return VocabularyEmbedding(module, group, _rows(module.num_embeddings, mesh))
+    return VocabularyLoss(group, _rows(int(module.vocab), mesh))  # type: ignore[arg-type]
+
+
+def _rows(size: int, mesh: Mesh) -> range:
+    sizes = split(size, mesh.tp)
+    start = sum(sizes[: mesh.tp_rank])
+    return range(start, start + sizes[mesh.tp_rank])

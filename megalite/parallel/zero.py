@@ -1,0 +1,323 @@
+"""The one door to DeepSpeed: ZeRO 0 to 3 around the layers of one pipeline stage.
+
+In: this rank's layers, its mesh, the DeepSpeed JSON.  Out: `backward` for one microbatch, `update` for one optimizer step, and
+`pieces`: the flat range of every parameter whose master weight, gradient and moments this rank owns. The norm, clipping, the sum
+of tied gradients, checkpoints and the tests all read pieces, so they are the same for every stage.
+
+ZeRO: Rajbhandari et al. 2019, arXiv:1910.02054. What DeepSpeed 0.19.8 needs to do this under a pipeline is in docs/design/zero.md;
+the mends below carry the version they were seen in, and tests/ranks/test_zero_mends.py fails when one is no longer needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.runtime.zero.partition_parameters as zero_partition
+import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
+import deepspeed.runtime.zero.stage3 as zero_stage3
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalite.layout import Cut
+from megalite.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + master.numel()) of one flattened local shard, as this rank owns them. All tensors are views, 1-D.
+
+    `moments` are AdamW's exp_avg and exp_avg_sq, fp32 like the master weight; `gradient` is there only between the reduction and
+    the update (see `Zero.before_update`).
+    """
+
+    cut: Cut
+    start: int
+    master: Tensor
+    moments: dict[str, Tensor]
+    gradient: Tensor | None
+    tied: bool
+
+    @property
+    def name(self) -> str:
+        return self.cut.name
+
+
+def settings(document: dict[str, Any], *, precision: str, micro_batch: int, reduce: str) -> dict[str, Any]:
+    """The configuration DeepSpeed runs with: the user's JSON and what the run config owns.
+
+    Our own 1/microbatches is in the loss, so DeepSpeed's accumulation is 1. Clipping is ours too: the norm is one of the whole mesh.
+    """
+    zero = dict(document.get("zero_optimization", {}))
+    stage = zero.get("stage", 0)
+    # DeepSpeed 0.19.8 routes bf16 ZeRO-1 with fp32 accumulation to another optimizer, which accumulates and clips by itself; ZeRO-2
+    # accumulates the same fp32 gradients, sharded. ZeRO 0 is ZeRO-2 over a group of one: DeepSpeed's own reports a norm of 0.
+    engine_stage = 2 if stage == 0 or (stage == 1 and precision == "bf16") else stage
+    owned = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": reduce == "step",
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": None,
+        "zero_optimization": {**zero, "stage": engine_stage},
+    }
+    return {**document, **owned}
+
+
+class _Axes:
+    """What DeepSpeed asks of a model-parallel unit. It is told of data parallelism alone; the other axes are ours."""
+
+    def __init__(self, mesh: Mesh, group: dist.ProcessGroup) -> None:
+        self._data, self._alone = group, mesh.group("alone")
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._data)
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._data)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._data
+
+    def _rank(self) -> int:
+        return 0
+
+    def _size(self) -> int:
+        return 1
+
+    def _group(self) -> dist.ProcessGroup:
+        return self._alone
+
+    get_model_parallel_rank = get_tensor_model_parallel_rank = get_pipeline_model_parallel_rank = _rank
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size = get_pipeline_model_parallel_world_size = _size
+    get_model_parallel_group = get_tensor_model_parallel_group = get_pipeline_model_parallel_group = _group
+
+
+def shard(layer: nn.Module, *, configuration: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> None:
+    """Replace the parameters of a layer that was just built by this rank's ZeRO-3 partition of them, in place."""
+    _scope_trace_checks(mesh.group("dp"))
+    group = mesh.group("dp")
+    deepspeed.zero.Init(module=layer, data_parallel_group=group, config_dict_or_path=configuration, dtype=dtype, mpu=_Axes(mesh, group))
+
+
+def _scope_trace_checks(group: dist.ProcessGroup) -> None:
+    """ZeRO-3 checks that every rank of the WORLD walks the same modules; under a pipeline only the ranks of a stage do.
+
+    Unmended (DeepSpeed 0.19.8), the first forward hangs until the collective's timeout.
+    """
+
+    def same_on_this_stage(ints: list[int]) -> None:
+        seen: list[list[int] | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(seen, list(ints), group=group)
+        if any(other != seen[0] for other in seen):
+            raise RuntimeError("the ranks of this stage walk different modules")
+
+    for module in (zero_coordinator, zero_stage3, zero_partition):
+        module.assert_ints_same_as_other_ranks = same_on_this_stage  # type: ignore[attr-defined]
+
+
+class Zero:
+    """A DeepSpeed engine around one stage. `engine` goes forward, `backward` back per microbatch and one `update` per step.
+
+    `before_update(pieces)` may be set to look at the final gradients: reduced, tied copies summed, not yet clipped.
+    """
+
+    def __init__(
+        self, stage: nn.Module, *, mesh: Mesh, configuration: dict[str, Any], zero_stage: int, optimizer: torch.optim.Optimizer, tied: set[str]
+    ) -> None:
+        self.mesh, self.zero_stage, self.tied = mesh, zero_stage, tied
+        group = mesh.group("alone" if zero_stage == 0 else "dp")
+        _scope_trace_checks(group)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        self.engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, mpu=_Axes(mesh, group), config=configuration, dist_init_required=False)
+        self.inner: Any = self.engine.optimizer
+        self.sharded = zero_stage == 3
+        self.once = bool(configuration["managed_gradient_accumulation"])
+        self.before_update: Callable[[list[Piece]], None] | None = None
+        self._norm = 0.0
+        self._clip = 0.0
+        self._step, self.inner.step = self.inner.step, self._finish
+        # The norm is taken over the whole mesh, once, by `_finish`; DeepSpeed would take one per parameter group and hang where
+        # stages differ in their groups.
+        self.inner.get_grad_norm_direct = lambda *_, **__: torch.zeros((), device=mesh.device)
+        if self.sharded:
+            # DeepSpeed records one trace per root forward; a schedule interleaves forwards and backwards and never repeats it.
+            # The trace is taken over the whole optimizer step instead (see `step`): weights stay gathered between neighbouring
+            # uses and prefetching works.
+            self.inner.parameter_offload.fwd_pre_hook.remove()
+        self._seed_moments()
+
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around all microbatches of one optimizer step."""
+        if self.sharded:
+            self._coordinator().reset_step()
+            # DeepSpeed copies the first gradient of a step over the partition and adds the later ones, and tells them apart by
+            # counting forwards. Under a schedule that count is wrong: GPipe runs all forwards first, and a stage of several chunks
+            # first reaches some parameters in a later backward, where last step's gradient still lies. Zero, then always add.
+            self.inner.grad_partitions_flat_buffer.zero_()
+        with self.engine.coalesce_grad_reduction() if self.once else nullcontext():
+            yield
+        if self.once:
+            self.engine.set_gradient_accumulation_boundary(True)
+
+    def backward(self, scalar: Tensor) -> None:
+        """Go back from a scalar; gradients are reduced (or kept, when reducing once a step).
+
+        A stage that is not the last passes (output * received gradient).sum(). torch.autograd.backward would enter DeepSpeed's
+        hooks too, but loses microbatches in flight.
+        """
+        if self.sharded:
+            self.inner.micro_step_id = 1  # not the first: add (see `step`)
+        self.engine.backward(scalar)
+
+    @contextmanager
+    def untraced(self) -> Iterator[None]:
+        """Around forwards that are no training step (validation): the recorded trace is put aside and is whole afterwards."""
+        if not self.sharded:
+            yield
+            return
+        coordinator = self._coordinator()
+        prefix = "_PartitionedParameterCoordinator__"
+        kept = {name: getattr(coordinator, prefix + name) for name in ("trace_mode", "submodule_order", "param_order")}
+        coordinator.reset_step()
+        setattr(coordinator, prefix + "trace_mode", zero_coordinator.ZeRoTraceMode.INVALID)
+        coordinator._clear_trace_structures()
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(coordinator, prefix + name, value)
+            self.inner.parameter_offload.partition_all_parameters()
+
+    def _coordinator(self) -> Any:
+        return self.inner.parameter_offload.get_param_coordinator()
+
+    def update(self, *, lr: float, clip: float) -> float:
+        """Finish the reduction, clip to `clip` (0: not at all), take one AdamW step; returns the gradient norm of the whole mesh."""
+        for group in self.inner.optimizer.param_groups:
+            group["lr"] = lr
+        self._clip = clip
+        self.engine.step()
+        return self._norm
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Between DeepSpeed's reduction and its optimizer: sum over dp for ZeRO 0, sum tied copies, norm, clip, then the step."""
+        pieces = self.pieces()
+        gradients = [piece.gradient for piece in pieces if piece.gradient is not None]
+        assert len(gradients) == len(pieces), "a piece without a gradient"
+        if self.zero_stage == 0 and self.mesh.dp > 1:
+            _average(gradients, self.mesh.group("dp"))
+        for piece in pieces:
+            if piece.tied and self.mesh.pp > 1:
+                dist.all_reduce(piece.gradient, group=self.mesh.group("ends"))
+        if self.before_update is not None:
+            self.before_update(pieces)
+        self._norm = self._global_norm(pieces)
+        if self._clip and self._norm > self._clip:
+            for gradient in gradients:
+                gradient.mul_(self._clip / (self._norm + 1e-6))
+        self._step()
+
+    def _global_norm(self, pieces: list[Piece]) -> float:
+        """Every logical element once: tp copies on tp rank 0, tied copies on the first stage, dp copies (ZeRO 0) on dp rank 0."""
+        total = torch.zeros((), dtype=torch.float64 if self.mesh.device.type == "cpu" else torch.float32, device=self.mesh.device)
+        for piece in pieces:
+            repeated = (
+                (piece.cut.dim is None and self.mesh.tp_rank > 0)
+                or (piece.tied and not self.mesh.first_stage)
+                or (self.zero_stage == 0 and self.mesh.dp_rank > 0)
+            )
+            if not repeated and piece.gradient is not None:
+                total += torch.linalg.vector_norm(piece.gradient, dtype=torch.float32).to(total.dtype) ** 2
+        dist.all_reduce(total)
+        return math.sqrt(total.item())
+
+    def pieces(self) -> list[Piece]:
+        """What this rank owns, parameter by parameter, in a fixed order. Padding is left out."""
+        return list(self._pieces3() if self.sharded else self._pieces12())
+
+    def _piece(self, parameter: nn.Parameter, start: int, flat: Tensor, offset: int, size: int, gradient: Tensor | None) -> Piece:
+        state = self.inner.optimizer.state[flat]
+        cut: Cut = parameter.cut  # type: ignore[attr-defined]
+        return Piece(
+            cut=cut,
+            start=start,
+            master=flat.detach().narrow(0, offset, size),
+            moments={key: state[key].narrow(0, offset, size) for key in ("exp_avg", "exp_avg_sq")},
+            gradient=None if gradient is None else gradient.detach().view(-1).narrow(0, 0, size),
+            tied=cut.name in self.tied,
+        )
+
+    def _pieces3(self) -> Iterator[Piece]:
+        rank = dist.get_rank(self.mesh.group("dp"))
+        for index, parameters in enumerate(self.inner.fp16_groups):
+            flat, offset = self.inner.fp32_partitioned_groups_flat[index], 0
+            gradients = self.inner.averaged_gradients.get(index)
+            for number, parameter in enumerate(parameters):
+                length = parameter.partition_numel()
+                start = min(rank * length, parameter.ds_numel)
+                size = min(length, parameter.ds_numel - start)
+                if size:
+                    yield self._piece(parameter, start, flat, offset, size, gradients[number] if gradients else None)
+                offset += length
+
+    def _pieces12(self) -> Iterator[Piece]:
+        for index, parameters in enumerate(self.inner.bit16_groups):
+            flat = self.inner.single_partition_of_fp32_groups[index]
+            averaged = self.inner.averaged_gradients.get(index)
+            found = [g for g in averaged or () if not getattr(g, "_zero_padding", False)]
+            owned = [parameter for parameter in parameters if parameter._hp_mapping is not None]
+            assert not averaged or len(found) == len(owned), "gradients and parameters of a partition do not match"
+            for number, parameter in enumerate(owned):
+                mapping = parameter._hp_mapping
+                address, fragment = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+                yield self._piece(parameter, address.start, flat, fragment.start, fragment.numel, found[number] if averaged else None)
+
+    def _flats(self) -> list[Tensor]:
+        return self.inner.fp32_partitioned_groups_flat if self.sharded else self.inner.single_partition_of_fp32_groups
+
+    def _seed_moments(self) -> None:
+        """Moments exist from the start, so that a checkpoint can be read into them in place."""
+        for flat in self._flats():
+            state = self.inner.optimizer.state[flat]
+            if "exp_avg" not in state:
+                state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+
+    def restore(self, steps: int) -> None:
+        """After pieces were written from outside (a checkpoint): renew the weights the model computes with; `steps` were taken."""
+        for flat in self._flats():
+            self.inner.optimizer.state[flat]["step"] = torch.tensor(float(steps))
+        if not self.sharded:
+            self.inner.update_lp_params()
+            return
+        self.inner.parameter_offload.partition_all_parameters()
+        for parameters, flat in zip(self.inner.fp16_groups, self.inner.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for parameter in parameters:
+                length = parameter.partition_numel()
+                parameter.ds_tensor.data.copy_(flat.detach().narrow(0, offset, length).view_as(parameter.ds_tensor))
+                offset += length
+        if self.inner.persistent_parameters:
+            self.inner.persistent_parameters[0].partition(self.inner.persistent_parameters)
+            self.inner.persistent_parameters[0].all_gather(self.inner.persistent_parameters)
+
+
+def _average(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Mean over the group, all transfers in flight at once."""
+    works = [dist.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]
+    for work in works:
+        if work is not None:
+            work.wait()
+    for gradient in gradients:
+        gradient.div_(dist.get_world_size(group))

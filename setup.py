@@ -1,0 +1,38 @@
+"""What megalite needs and what it installs; tool settings live in pyproject.toml.
+
+The folder kernels/ is installed as `megalite_kernels`: the name `kernels` belongs to a Hugging Face package that transformers imports.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megalite",
+    version="0.1.0",
+    description="Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor parallelism",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite_kernels"],
+    package_dir={"megalite_kernels": "kernels"},
+    package_data={"megalite": ["recipes/*.yaml"]},
+    install_requires=[
+        "torch>=2.13",
+        "deepspeed==0.19.8",
+        "numpy",
+        "pydantic>=2.10",
+        "tyro>=1.0.17",
+        "PyYAML",
+        "rich",
+        "safetensors",
+        "tokenizers>=0.23",
+        "transformers>=5.0",
+        "datasets>=4.0",
+        "sentencepiece",
+        "tensorboard",
+        "zstandard",
+        "psutil",
+    ],
+    extras_require={
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "jaxtyping", "ruff", "pyright", "import-linter", "build"],
+    },
+    entry_points={"console_scripts": ["megalite = megalite.cli:main"]},
+)
