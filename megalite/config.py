@@ -11,6 +11,7 @@ offload, communication and whatever else DeepSpeed offers (see `parallel/zero.py
 from __future__ import annotations
 
 import difflib
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -198,6 +199,11 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
 
 
+def run_folder(config: Config) -> Path:
+    """Where the run writes: run.folder, or runs/NAME."""
+    return Path(config.run.folder or f"runs/{config.name}")
+
+
 RECIPES = resources.files("megalite") / "recipes"
 
 
@@ -206,8 +212,8 @@ def recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load(name: str) -> Config:
-    """A recipe by name, or a run file by path.
+def load(name: str, *, overrides: dict[str, Any] | None = None) -> Config:
+    """A recipe by name, or a run file by path, with `overrides` (a nested mapping) on top: default < file < flag.
 
     Raises UserError for a name that is neither, and for keys and values that no section knows.
     """
@@ -226,24 +232,31 @@ def load(name: str) -> Config:
         raise UserError(f"{name} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise UserError(f"{name} holds a {type(document).__name__}, but a run is a mapping of sections; see the recipes for examples")
-    return parse(document, source=name)
+    return parse(_merge({"name": path.stem, **document}, overrides or {}), source=name)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = _merge(merged.get(key) or {}, value) if isinstance(value, dict) else value
+    return merged
 
 
 def parse(document: dict[str, Any], *, source: str) -> Config:
     """A mapping as a Config; every wrong key and value in one UserError."""
     try:
-        return Config.model_validate({"name": Path(source).stem, **document})
+        return Config.model_validate(document)
     except ValidationError as error:
-        raise UserError(f"{source}: {explain(error)}") from None
+        raise UserError(f"{source}: {explain(error, Config)}") from None
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     """Pydantic's findings as one line, unknown keys with the nearest known one."""
     found = []
     for detail in error.errors():
         path = ".".join(str(part) for part in detail["loc"])
         if detail["type"] == "extra_forbidden":
-            section: Any = Config
+            section: Any = schema
             for part in detail["loc"][:-1]:
                 section = section.model_fields[part].annotation
             found.append(f"{path} is no setting{_suggest(str(detail['loc'][-1]), list(section.model_fields))}")
@@ -286,8 +299,90 @@ def resolve_mesh(config: Config, world: int) -> Config:
             f"{microbatches} microbatches (global_batch {train.global_batch} / dp {dp} / micro_batch {train.micro_batch}) cannot fill "
             f"mesh.pp = {mesh.pp} stages under 1f1b; raise train.global_batch or lower train.micro_batch"
         )
+    if train.precision == "fp16":
+        raise UserError("train.precision = fp16 needs a loss scale that the whole mesh agrees on, which is not there yet; use bf16 or fp32")
     if config.data.sequence and config.data.sequence > model.sequence:
         raise UserError(f"data.sequence = {config.data.sequence} is longer than model.sequence = {model.sequence}; lower data.sequence")
     if model.vocab is not None and model.vocab < mesh.tp:
         raise UserError(f"model.vocab = {model.vocab} is smaller than mesh.tp = {mesh.tp}; lower mesh.tp")
     return config.model_copy(update={"mesh": mesh.model_copy(update={"dp": dp})})
+
+
+OWNED = {  # DeepSpeed's keys that the run config decides
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch",
+    "gradient_clipping": "train.clip",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "data_types": "train.precision",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "managed_gradient_accumulation": "train.reduce",
+}
+PASSED = (  # and those that are handed on as they are
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+)
+
+
+def deepspeed_document(config: Config) -> dict[str, Any]:
+    """The DeepSpeed JSON that config.deepspeed names, checked against the run config; {} where it names none.
+
+    A path, or the name of a file of ds_configs/. Raises UserError for a key that both own, for one that is not handed on, and for what
+    is not proved under a mesh.
+    """
+    if config.deepspeed is None:
+        return {}
+    path = _find_document(config.deepspeed)
+    try:
+        document = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} holds a {type(document).__name__}, but a DeepSpeed configuration is an object with zero_optimization")
+    for key, value in document.items():
+        if key in OWNED:
+            ours: Any = config
+            for step in OWNED[key].split("."):
+                ours = getattr(ours, step)
+            ours = ours.model_dump() if isinstance(ours, BaseModel) else ours
+            raise UserError(f"{path} sets {key} = {json.dumps(value)}, but the run config decides that: {OWNED[key]} = {ours}; take it out of the JSON")
+        if key not in PASSED:
+            raise UserError(f"{path} sets {key}, which megalite does not hand to DeepSpeed{_suggest(key, [*PASSED])}; it hands on {', '.join(PASSED)}")
+    _check_zero(config, document, path)
+    return document
+
+
+def _find_document(name: str) -> Path:
+    shipped = Path(__file__).parent.parent / "ds_configs"
+    for path in (Path(name), shipped / Path(name).name, shipped / f"{name}.json"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.name for path in shipped.glob("*.json")))
+    raise UserError(f"deepspeed = {name} does not exist; give the path of a DeepSpeed JSON or one of ds_configs/: {known}")
+
+
+def _check_zero(config: Config, document: dict[str, Any], path: Path) -> None:
+    zero = document.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage = {stage!r}, but ZeRO has stages 0 to 3")
+    for key in ("offload_optimizer", "offload_param", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
+        if zero.get(key) and zero[key] != 1 and not (isinstance(zero[key], dict) and zero[key].get("device") == "none"):
+            raise UserError(f"{path}: zero_optimization.{key} is not proved equal to one process under a mesh yet; take it out")
+    train = config.train
+    if stage < 2 and train.reduce == "microbatch":
+        raise UserError(f"train.reduce = microbatch, but ZeRO-{stage} keeps whole gradients and reduces once a step; leave train.reduce out or use ZeRO-2 or 3")
+    if stage >= 2 and train.reduce == "step" and train.precision == "bf16":
+        raise UserError(
+            "train.reduce = step would sum the microbatches' gradients in bf16, where small ones are lost; "
+            "use train.reduce = microbatch, which sums them in fp32"
+        )

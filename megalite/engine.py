@@ -27,11 +27,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Report:
-    """What one optimizer step says: the mean loss over the global batch, the gradient norm of the whole mesh before clipping."""
+    """What one optimizer step says: the parts of the mean loss over the global batch, the norm of the whole mesh before clipping."""
 
-    loss: float
+    parts: dict[str, float]
     grad_norm: float
     lr: float
+
+    @property
+    def loss(self) -> float:
+        return sum(self.parts.values())
 
 
 class Stage(nn.Module):
@@ -72,8 +76,8 @@ class Engine:
             mesh=mesh,
             schedule=config.train.schedule,
             num_microbatches=self.num_microbatches,
-            hidden=(config.train.micro_batch, sequence, config.model.width),
-            dtype=self.dtype,
+            hidden=torch.empty(config.train.micro_batch, sequence, config.model.width, dtype=self.dtype, device="meta"),
+            loss=torch.empty(len(models.parts(config.model)), device="meta"),
         )
 
     def _build(self, *, shard: bool, configuration: dict[str, Any]) -> Stage:
@@ -132,10 +136,10 @@ class Engine:
         lr = optim.learning_rate(step, settings.optimizer, settings.train.steps)
         losses = self.pipeline.train(list(self._weigh(microbatches)))
         norm = self.zero.update(lr=lr, clip=settings.train.clip)
-        return Report(loss=self._mean(losses), grad_norm=norm, lr=lr)
+        return Report(parts=self._mean(losses), grad_norm=norm, lr=lr)
 
-    def validate(self, microbatches: list[Batch]) -> float:
-        """Mean loss over one global batch, forward alone."""
+    def validate(self, microbatches: list[Batch]) -> dict[str, float]:
+        """The parts of the mean loss over one global batch, forward alone."""
         return self._mean(self.pipeline.validate(list(self._weigh(microbatches))))
 
     def _weigh(self, microbatches: list[Batch]) -> Iterator[Batch]:
@@ -154,10 +158,11 @@ class Engine:
                 batch["pair_weights"] = torch.full(batch["next_sentence"].shape, share, device=self.mesh.device)
             yield batch
 
-    def _mean(self, losses: list[Tensor]) -> float:
-        """The mean loss over the global batch, on every rank: the last stage's sum, averaged over dp."""
-        total = torch.zeros(1, device=self.mesh.device)
+    def _mean(self, losses: list[Tensor]) -> dict[str, float]:
+        """The parts of the mean loss over the global batch, on every rank: the last stage's sums, averaged over dp."""
+        names = models.parts(self.config.model)
+        total = torch.zeros(len(names), device=self.mesh.device)
         if self.mesh.last_stage and self.mesh.tp_rank == 0:
-            total = torch.stack(losses).sum().reshape(1) / self.mesh.dp
+            total = torch.stack(losses).sum(0) / self.mesh.dp
         dist.all_reduce(total)
-        return total.item()
+        return dict(zip(names, total.tolist(), strict=True))

@@ -17,7 +17,7 @@ from megalite.config import Model
 from megalite.models import bert, gpt
 from megalite.models.layers import Batch
 
-__all__ = ["Batch", "Whole", "attach", "build", "draw", "layers", "plan", "tied"]
+__all__ = ["Batch", "Whole", "attach", "build", "draw", "layers", "parts", "plan", "tied"]
 
 
 def layers(model: Model) -> list[tuple[str, partial[nn.Module]]]:
@@ -33,6 +33,11 @@ def plan(model: Model) -> dict[str, str]:
 def tied(model: Model) -> dict[str, str]:
     """Parameter name -> name of the parameter it is the same as."""
     return (gpt if model.family == "gpt" else bert).TIED if model.tied else {}
+
+
+def parts(model: Model) -> tuple[str, ...]:
+    """Names of the terms whose sum is the loss; the head puts out one number for each."""
+    return (gpt if model.family == "gpt" else bert).PARTS
 
 
 def draw(name: str, shape: tuple[int, ...], *, model: Model, seed: int) -> Tensor:
@@ -55,7 +60,7 @@ def draw(name: str, shape: tuple[int, ...], *, model: Model, seed: int) -> Tenso
 
 
 class Whole(nn.Module):
-    """All layers on one device: forward(batch) -> loss (1,). The reference every mesh is compared with."""
+    """All layers on one device: forward(batch) -> the loss's parts (see `parts`). The reference every mesh is compared with."""
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         super().__init__()

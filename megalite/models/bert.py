@@ -24,6 +24,7 @@ PLAN = {
     "head.loss": "vocabulary_loss",
 }
 TIED = {"head.project.weight": "embed.token.weight"}
+PARTS = ("tokens", "pairs")  # what the loss is the sum of
 
 
 class Embedding(nn.Module):
@@ -43,7 +44,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Masked-token and next-sentence losses: (b, s, d) -> (1,), their weighted sums added."""
+    """Masked-token and next-sentence losses: (b, s, d) -> (2,), their weighted sums."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         tokens = self.loss(self.logits(x), batch["labels"], batch["weights"])
         pairs = F.cross_entropy(self.pair_logits(x).float(), batch["next_sentence"], reduction="none")
-        return (tokens + torch.dot(pairs, batch["pair_weights"].float())).reshape(1)
+        return torch.stack([tokens, torch.dot(pairs, batch["pair_weights"].float())])
 
 
 def layers(model: Model) -> list[tuple[str, partial[nn.Module]]]:

@@ -24,6 +24,7 @@ PLAN = {  # how tensor parallelism may cut these modules; what is not named here
     "head.loss": "vocabulary_loss",
 }
 TIED = {"head.project.weight": "embed.token.weight"}
+PARTS = ("tokens",)  # what the loss is the sum of
 
 
 class Embedding(nn.Module):

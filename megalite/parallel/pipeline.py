@@ -30,7 +30,7 @@ class _Stage(PipelineStage):
     def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
         output = bwd_kwargs["stage_output"]
         if self.is_last:
-            scalar = output
+            scalar = output.sum()
         else:
             (hidden,) = output if isinstance(output, (tuple, list)) else (output,)
             (received,) = bwd_kwargs["output_grads"]
@@ -40,27 +40,29 @@ class _Stage(PipelineStage):
 
 
 class Pipeline:
-    """Runs training and validation steps of `num_microbatches` microbatches; hidden states are (b, s, d) in `dtype`."""
+    """Runs training and validation steps of `num_microbatches` microbatches.
 
-    def __init__(self, zero: Zero, *, mesh: Mesh, schedule: str, num_microbatches: int, hidden: tuple[int, int, int], dtype: torch.dtype) -> None:
+    `hidden` (b, s, d) and `loss` (parts,) are meta tensors: what travels between stages, what the last one puts out.
+    """
+
+    def __init__(self, zero: Zero, *, mesh: Mesh, schedule: str, num_microbatches: int, hidden: Tensor, loss: Tensor) -> None:
         self.zero, self.mesh, self.num_microbatches = zero, mesh, num_microbatches
-        ids = torch.empty(hidden[:2], dtype=torch.int64, device="meta")
-        state = torch.empty(hidden, dtype=dtype, device="meta", requires_grad=True)
-        loss = torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True)
+        ids = torch.empty(hidden.shape[:2], dtype=torch.int64, device="meta")
+        hidden, loss = hidden.requires_grad_(), loss.requires_grad_()  # decides whether a gradient is sent back
         self.stage = _Stage(
             zero.engine,
             mesh.pp_rank,
             mesh.pp,
             mesh.device,
-            input_args=(ids if mesh.first_stage else state,),
-            output_args=(loss if mesh.last_stage else state,),
+            input_args=(ids if mesh.first_stage else hidden,),
+            output_args=(loss if mesh.last_stage else hidden,),
             group=mesh.group("pp"),
         )
         self.stage.zero = zero
-        self.schedule = SCHEDULES[schedule](self.stage, num_microbatches, loss_fn=lambda output, _: output.sum(), scale_grads=False)
+        self.schedule = SCHEDULES[schedule](self.stage, num_microbatches, loss_fn=lambda output, _: output, scale_grads=False)
 
     def train(self, microbatches: list[Batch]) -> list[Tensor]:
-        """Forward and backward of every microbatch; the losses on the last stage, nothing elsewhere."""
+        """Forward and backward of every microbatch; their losses (parts,) on the last stage, nothing elsewhere."""
         with self.zero.step():
             return self._run(microbatches)
 

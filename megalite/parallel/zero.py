@@ -33,7 +33,8 @@ class Piece:
     """Elements [start, start + master.numel()) of one flattened local shard, as this rank owns them. All tensors are views, 1-D.
 
     `moments` are AdamW's exp_avg and exp_avg_sq, fp32 like the master weight; `gradient` is there only between the reduction and
-    the update (see `Zero.before_update`).
+    the update (see `Zero.before_update`). Where several ranks hold the same elements, `first` is true on one of them: tp copies on tp
+    rank 0, tied copies on the first stage, dp copies (ZeRO 0) on dp rank 0. The norm counts and a checkpoint stores what is first.
     """
 
     cut: Cut
@@ -42,10 +43,7 @@ class Piece:
     moments: dict[str, Tensor]
     gradient: Tensor | None
     tied: bool
-
-    @property
-    def name(self) -> str:
-        return self.cut.name
+    first: bool
 
 
 def settings(document: dict[str, Any], *, precision: str, micro_batch: int, reduce: str) -> dict[str, Any]:
@@ -230,15 +228,10 @@ class Zero:
         self._step()
 
     def _global_norm(self, pieces: list[Piece]) -> float:
-        """Every logical element once: tp copies on tp rank 0, tied copies on the first stage, dp copies (ZeRO 0) on dp rank 0."""
+        """Every logical element once."""
         total = torch.zeros((), dtype=torch.float64 if self.mesh.device.type == "cpu" else torch.float32, device=self.mesh.device)
         for piece in pieces:
-            repeated = (
-                (piece.cut.dim is None and self.mesh.tp_rank > 0)
-                or (piece.tied and not self.mesh.first_stage)
-                or (self.zero_stage == 0 and self.mesh.dp_rank > 0)
-            )
-            if not repeated and piece.gradient is not None:
+            if piece.first and piece.gradient is not None:
                 total += torch.linalg.vector_norm(piece.gradient, dtype=torch.float32).to(total.dtype) ** 2
         dist.all_reduce(total)
         return math.sqrt(total.item())
@@ -250,13 +243,18 @@ class Zero:
     def _piece(self, parameter: nn.Parameter, start: int, flat: Tensor, offset: int, size: int, gradient: Tensor | None) -> Piece:
         state = self.inner.optimizer.state[flat]
         cut: Cut = parameter.cut  # type: ignore[attr-defined]
+        tied = cut.name in self.tied
+        mesh = self.mesh
         return Piece(
             cut=cut,
             start=start,
             master=flat.detach().narrow(0, offset, size),
             moments={key: state[key].narrow(0, offset, size) for key in ("exp_avg", "exp_avg_sq")},
             gradient=None if gradient is None else gradient.detach().view(-1).narrow(0, 0, size),
-            tied=cut.name in self.tied,
+            tied=tied,
+            first=not (
+                (cut.dim is None and mesh.tp_rank > 0) or (tied and not mesh.first_stage) or (self.zero_stage == 0 and mesh.dp_rank > 0)
+            ),
         )
 
     def _pieces3(self) -> Iterator[Piece]:

@@ -87,7 +87,7 @@ def reference(config: Config, *, steps: int = STEPS) -> list[Step]:
         targets = batch["labels"] != -100
         batch["weights"] = targets / targets.sum()
         batch["pair_weights"] = torch.full((config.train.global_batch,), 1 / config.train.global_batch)
-        loss = whole(batch)
+        loss = whole(batch).sum()
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
         norm = nn.utils.clip_grad_norm_(whole.parameters(), config.train.clip).item()

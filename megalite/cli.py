@@ -1,0 +1,173 @@
+"""The verbs: `megalite prepare` and `megalite train`.
+
+In: the command line.  Out: an exit code: 0, 2 for bad input (one line says value, limit and cure), 1 when a rank failed.
+A verb's flags are the fields of its settings, `--mesh.tp 4`; help comes from the fields' own docstrings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+from pydantic import BaseModel, ValidationError
+
+from megalite import config as settings
+from megalite.config import Config
+from megalite.errors import UserError
+
+HELP = f"""usage: megalite VERB ...
+
+Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor parallelism.
+
+  megalite prepare INPUT... --output PREFIX --tokenizer NAME|FILE|train:bpe|train:wordpiece|train:unigram
+      Text into shards: files of token ids that training maps into memory.
+
+  megalite train RECIPE|FILE.yaml [--mesh.tp 4] [--train.steps 50] ...
+      Pretrain. The same command again resumes.
+      Recipes: {", ".join(settings.recipes())}.
+
+`megalite VERB --help` explains every flag."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verbs = {"prepare": prepare, "train": train}
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            _say(HELP)
+        elif arguments[0] in verbs:
+            verbs[arguments[0]](arguments[1:])
+        else:
+            raise UserError(f"megalite has no verb {arguments[0]!r}{_near(arguments[0], list(verbs))}; the verbs are {', '.join(verbs)}")
+    except UserError as error:
+        _say(f"megalite: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "report"):  # a rank's failure carries its own traceback; anything else is our bug and shows all
+            raise
+        _say(f"megalite: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def prepare(arguments: list[str]) -> None:
+    """megalite prepare INPUT... --output PREFIX --tokenizer ..."""
+    from megalite.data import prepare as preparing
+
+    if _asks_help(arguments):
+        _explain_flags(preparing.Preparation, "megalite prepare INPUT...")
+    found = read_flags(arguments, preparing.Preparation, positional="inputs")
+    try:
+        preparation = preparing.Preparation.model_validate(found)
+    except ValidationError as error:
+        raise UserError(settings.explain(error, preparing.Preparation)) from None
+    preparing.prepare(preparation)
+
+
+def train(arguments: list[str]) -> None:
+    """megalite train RECIPE|FILE.yaml [--section.field VALUE ...]"""
+    if _asks_help(arguments):
+        named = arguments[0] if not arguments[0].startswith("-") else None
+        _explain_flags(Config, f"megalite train {named or 'RECIPE|FILE.yaml'}", default=settings.load(named) if named else None)
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"megalite train needs a recipe ({', '.join(settings.recipes())}) or a run file (.yaml) before its flags")
+    config = settings.load(arguments[0], overrides=read_flags(arguments[1:], Config))
+
+    from megalite import pretrain
+
+    pretrain.pretrain(config, command=f"megalite train {' '.join(arguments)}")
+
+
+def read_flags(arguments: Sequence[str], schema: type[BaseModel], *, positional: str | None = None) -> dict[str, Any]:
+    """Flags as a nested mapping for `schema`: `--mesh.tp 4` is {"mesh": {"tp": "4"}}; pydantic gives the values their types.
+
+    A list takes every value up to the next flag (numbers also separated by commas); a switch takes none, or true or false, and
+    `--section.no-switch` turns it off. Raises UserError for what is no flag, with the nearest one.
+    """
+    found: dict[str, Any] = {}
+    known = dict(_fields(schema))
+    words = list(arguments)
+    loose: list[str] = []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            loose.append(word)
+            continue
+        flag, given, value = word[2:].partition("=") if "=" in word.split(" ")[0] else (word[2:], "", "")
+        path = flag.replace("-", "_")
+        section, _, leaf = path.rpartition(".")
+        off = leaf.startswith("no_") and path not in known
+        if off:
+            path = f"{section}.{leaf[3:]}" if section else leaf[3:]
+        if path not in known or (off and known[path] is not bool):
+            raise UserError(f"--{flag} is no flag{_near(flag, [name.replace('_', '-') for name in known])}; --help lists them")
+        values = [value] if given else []
+        while words and not given and not words[0].startswith("--") and not (known[path] is bool and words[0].lower() not in ("true", "false")):
+            if values and not _many(known[path]):
+                break
+            values.append(words.pop(0))
+        _put(found, path, _value(flag, known[path], values, off=off))
+    if loose and positional is None:
+        raise UserError(f"{loose[0]!r} is no flag and no value of one; flags begin with --")
+    if positional is not None:
+        found[positional] = loose
+    return found
+
+
+def _fields(schema: type[BaseModel], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+    """Dotted names and types of all settings; Optional is taken off."""
+    for name, field in schema.model_fields.items():
+        kind: Any = field.annotation
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _fields(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kind
+
+
+def _many(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple
+
+
+def _value(flag: str, kind: Any, values: list[str], *, off: bool) -> Any:
+    if kind is bool:
+        return not off if not values else (values[0].lower() == "true") != off
+    if _many(kind):
+        return [part for value in values for part in ([value] if str in typing.get_args(kind) else value.split(","))]
+    if not values:
+        raise UserError(f"--{flag} needs a value")
+    return None if values[0] == "None" else values[0]
+
+
+def _put(into: dict[str, Any], path: str, value: Any) -> None:
+    *sections, leaf = path.split(".")
+    for section in sections:
+        into = into.setdefault(section, {})
+    into[leaf] = value
+
+
+def _asks_help(arguments: list[str]) -> bool:
+    return any(word in ("-h", "--help") for word in arguments)
+
+
+def _explain_flags(schema: type[BaseModel], usage: str, *, default: BaseModel | None = None) -> typing.NoReturn:
+    kind = tyro.conf.configure(tyro.conf.AvoidSubcommands)(schema)
+    tyro.cli(kind, args=["--help"], prog=usage, **({"default": default} if default else {}))
+    raise AssertionError("help exits")
+
+
+def _near(wrong: str, known: list[str]) -> str:
+    found = difflib.get_close_matches(wrong, known, n=1)
+    return f"; did you mean --{found[0]}?" if found and "." in wrong else f"; did you mean {found[0]}?" if found else ""
+
+
+def _say(text: str, *, file: Any = None) -> None:
+    print(text, file=file)  # noqa: T201

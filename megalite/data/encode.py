@@ -1,0 +1,238 @@
+"""Turns pieces of text into parts of shards, in worker processes.
+
+In: `Piece`s, a tokenizer's folder and how to cut. Out: for every piece a file KEY.part with, for every split, its tokens, the lengths
+of its sequences and where its documents end, written whole or not at all. A worker is a loop at the other end of a pipe: it
+ends when the pipe closes, also when the parent was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megalite.data.inputs import BadLine, Document, Piece, Reading, documents
+from megalite.data.manifest import SPLITS, write_atomically
+from megalite.data.shards import token_dtype
+from megalite.data.tokenizer import Tokenizer, open_tokenizer
+from megalite.errors import UserError
+
+BATCH = 1 << 18  # characters tokenized at once; tokenizers needs some hundred bytes of memory for each
+SLICE = 1 << 18  # longest text the tokenizer gets in one go
+CUT = re.compile(r"\S\n(?=\S)")  # no tokenizer here joins across such a place, so cutting there changes no token
+WORD_END = re.compile(r"\S(?=\s)")
+REPORTED = 10  # broken lines a part remembers; all are counted
+TERMINATOR = re.compile(r"[.!?…。！？؟।]")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a part holds, beside its piece."""
+
+    reading: Reading
+    sentences: bool
+    splits: tuple[float, float, float]
+    seed: int
+    tokenizer: str
+    """Folder of the tokenizer."""
+    fingerprint: str
+    format: int = 1
+
+    @property
+    def key(self) -> str:
+        parts = [self.format, self.reading.text_key, self.reading.documents, self.sentences, self.splits, self.seed, self.fingerprint]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def part_path(folder: Path, piece: Piece, recipe_key: str) -> Path:
+    return folder / f"{hashlib.blake2b((recipe_key + piece.key).encode(), digest_size=16).hexdigest()}.part"
+
+
+def split_of(head: bytes, splits: tuple[float, float, float], seed: int) -> int:
+    """The split of a document, by its own beginning: equal documents never land on both sides."""
+    digest = hashlib.blake2b(head, digest_size=8, key=str(seed).encode()).digest()
+    share = int.from_bytes(digest, "little") / 2**64
+    return 0 if share < splits[0] else 1 if share < splits[0] + splits[1] else 2 if splits[2] else 0
+
+
+def encode_part(piece: Piece, recipe: Recipe, tokenizer: Tokenizer) -> dict[str, bytes | np.ndarray]:
+    """Everything a piece gives: for every split tokens, lengths and ends; and a summary."""
+    collected: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[], [], []]
+    summary: dict[str, Any] = {"documents": 0, "bytes": 0, "empty": 0, "bad": 0, "reported": []}
+    batch: list[Document] = []
+    size = 0
+
+    def flush() -> None:
+        for split, found in enumerate(_encode_batch(batch, recipe, tokenizer)):
+            collected[split].append(found)
+        batch.clear()
+
+    for found in documents(piece, recipe.reading):
+        if isinstance(found, BadLine):
+            summary["bad"] += 1
+            if len(summary["reported"]) < REPORTED:
+                summary["reported"].append(f"{found.where}: {found.why}")
+            continue
+        summary["bytes"] += len(found.text)
+        if found.first and found.last and not found.text.strip():
+            summary["empty"] += 1
+            continue
+        summary["documents"] += found.last
+        batch.append(found)
+        size += len(found.text)
+        if size >= BATCH:
+            flush()
+            size = 0
+    flush()
+    dtype = token_dtype(tokenizer.vocab_size)
+    part: dict[str, Any] = {"summary": np.frombuffer(json.dumps(summary).encode(), np.uint8)}
+    for name, found in zip(SPLITS, collected, strict=True):
+        tokens, lengths, ends = zip(*found, strict=True)
+        sequences = np.cumsum([0, *map(len, lengths)])
+        part[f"{name}_tokens"] = np.concatenate(tokens).astype(dtype)
+        part[f"{name}_lengths"] = np.concatenate(lengths).astype(np.int32)
+        part[f"{name}_ends"] = np.concatenate([e + before for e, before in zip(ends, sequences[:-1], strict=True)])
+    return part
+
+
+def _encode_batch(batch: list[Document], recipe: Recipe, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(tokens, lengths of sequences, ends of documents) of every split."""
+    texts: list[str] = []
+    unit_of_text: list[int] = []  # a unit becomes a sequence: a sentence, or a document
+    document_of_unit: list[int] = []
+    for number, document in enumerate(batch):
+        for unit in split_sentences(document.text) if recipe.sentences else (document.text,):
+            for text in slices(unit):
+                texts.append(text)
+                unit_of_text.append(len(document_of_unit))
+            document_of_unit.append(number)
+    flat, text_lengths = tokenizer.encode_flat(texts)
+    lengths = np.bincount(unit_of_text, text_lengths, minlength=len(document_of_unit)).astype(np.int64) if texts else np.empty(0, np.int64)
+    owner = np.array(document_of_unit, np.int64)
+    first, last = (np.array([getattr(document, end) for document in batch], bool) for end in ("first", "last"))
+    if not recipe.sentences and len(batch):
+        flat = np.insert(flat, np.cumsum(lengths)[last], tokenizer.special["eos"])
+        lengths += last
+    splits = np.array([split_of(document.head, recipe.splits, recipe.seed) for document in batch], np.int64)
+    for split in range(len(SPLITS)):
+        mine = splits[owner] == split if len(owner) else np.empty(0, bool)
+        tokens = flat if mine.all() else flat[np.repeat(mine, lengths)]
+        kept = mine & (lengths > 0)
+        sequences = np.bincount(owner[kept], minlength=len(batch)).astype(np.int64)  # of every document
+        closes = last & (splits == split) & ((sequences > 0) | ~first)  # a document without a sentence is none
+        yield tokens, lengths[kept], np.cumsum(sequences)[closes]
+
+
+def split_sentences(text: str) -> Iterator[str]:
+    """Sentences; a line end is always one."""
+    import sentencex
+
+    for line in text.split("\n"):
+        line = line.strip()
+        if not TERMINATOR.search(line, 0, len(line) - 1):
+            if line:
+                yield line
+        else:
+            yield from filter(None, map(str.strip, sentencex.segment("en", line)))
+
+
+def slices(text: str) -> Iterator[str]:
+    """A text in pieces short enough for the tokenizer."""
+    start = 0
+    while len(text) - start > SLICE:
+        window = start + SLICE // 2, start + SLICE
+        found = CUT.search(text, *window) or WORD_END.search(text, *window)
+        end = found.end() if found else start + SLICE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def write_part(path: Path, part: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **part)
+    write_atomically(path, buffer.getbuffer())
+
+
+def read_part(path: Path) -> tuple[dict[str, Any], Callable[[str], np.ndarray]]:
+    """The summary of a part, and how to get its arrays."""
+    arrays = np.load(path, allow_pickle=False)
+    return json.loads(arrays["summary"].tobytes()), arrays.__getitem__
+
+
+def serve(connection: Connection, recipe: Recipe, folder: Path) -> None:
+    """A worker's life: a piece comes in, its part is written, its summary goes out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; closing the pipe ends us
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker, one core
+    tokenizer = open_tokenizer(recipe.tokenizer)
+    key = recipe.key
+    while True:
+        try:
+            number, piece = connection.recv()
+        except EOFError:
+            return
+        try:
+            part = encode_part(piece, recipe, tokenizer)
+            write_part(part_path(folder, piece, key), part)
+            answer: Any = json.loads(part["summary"].tobytes())
+        except UserError as problem:
+            answer = problem
+        except Exception:
+            answer = RuntimeError(f"worker failed at {piece!r}:\n{traceback.format_exc()}")
+        try:
+            connection.send((number, answer))
+        except BrokenPipeError:
+            return
+
+
+def encode_all(pieces: Iterable[tuple[int, Piece]], recipe: Recipe, folder: Path, *, workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Deal pieces to worker processes; (number, summary) as they finish."""
+    import multiprocessing
+
+    spawn = multiprocessing.get_context("spawn")
+    pieces, free, busy = iter(pieces), [], {}
+    processes = []
+    try:
+        while True:
+            piece = next(pieces, None) if len(busy) < workers else None
+            if piece is not None:
+                if not free:
+                    ours, theirs = spawn.Pipe()
+                    process = spawn.Process(target=serve, args=(theirs, recipe, folder), daemon=True)
+                    process.start()
+                    theirs.close()
+                    processes.append((process, ours))
+                    free.append(ours)
+                connection = free.pop()
+                connection.send(piece)
+                busy[connection] = piece[0]
+                continue
+            if not busy:
+                return
+            for connection in wait(list(busy)):
+                try:
+                    number, answer = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    raise RuntimeError("a worker process died (killed for its memory?); run again with fewer --workers") from None
+                if isinstance(answer, Exception):
+                    raise answer
+                del busy[connection]
+                free.append(connection)
+                yield number, answer
+    finally:
+        for process, connection in processes:
+            connection.close()
+            process.join(0.5)
+            process.kill()
+            process.join()

@@ -1,0 +1,321 @@
+"""`megalite prepare`: raw text -> a tokenizer and Megatron shards, in parallel and restartable.
+
+In: a `Preparation` (what to read, which tokenizer, how to split). Out: OUTPUT.train/.valid/.test.bin and .idx, OUTPUT.tokenizer/ and
+OUTPUT.manifest.json, byte for byte the same for any number of workers and after any number of kills. Finished pieces wait in
+OUTPUT.parts/ under the hash of their content and settings; what lies there is taken over, the rest is done, then all is put together
+and the folder goes. Memory holds a few pieces a worker, whatever the input.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from megalite import __version__
+from megalite.data.encode import REPORTED, Recipe, encode_all, part_path, read_part, split_of
+from megalite.data.inputs import BadLine, Piece, Reading, cut, documents, find_files, inventory, piece_size
+from megalite.data.manifest import SPLITS, Manifest
+from megalite.data.shards import Shard, Writer
+from megalite.data.tokenizer import TRAINED, Tokenizer, open_tokenizer, train_tokenizer
+from megalite.errors import UserError
+
+SAMPLE = 100 << 20  # bytes of text a new tokenizer is trained on
+QUIET = 5.0  # seconds between two plain lines of progress
+
+
+class Preparation(BaseModel):
+    """Text to shards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    inputs: tuple[str, ...]
+    """Files (.txt .py .md .jsonl .jsonl.gz .jsonl.zst .parquet), folders of them, hf:NAME[:CONFIG][:SPLIT], or stdlib: Python's own library."""
+    output: str
+    """Prefix of what is written: OUTPUT.train.bin and so on."""
+    tokenizer: str
+    """tokenizer.json, SentencePiece .model, folder, Hugging Face name, or train:bpe, train:wordpiece, train:unigram."""
+    vocab_size: int | None = None
+    """Size of a tokenizer trained here; left out: 32000."""
+    workers: int | None = None
+    """Processes; left out: one a core."""
+    splits: tuple[float, float, float] = (0.98, 0.01, 0.01)
+    """Shares of the documents for training, validation and test."""
+    text_key: str = "text"
+    """Field of jsonl, column of parquet and Hugging Face, that holds the text."""
+    documents: Literal["file", "line", "blank-line"] = "file"
+    """A text file is one document, one a line, or one between blank lines."""
+    bad_lines: Literal["refuse", "skip"] = "refuse"
+    """What to do about broken JSON and text that is no UTF-8."""
+    split_sentences: bool | None = None
+    """Make every sentence a sequence, as BERT needs; left out: if the tokenizer has a mask token."""
+    seed: int = 0
+    """Decides which document goes into which split."""
+
+
+def prepare(preparation: Preparation, *, console: Console | None = None) -> Manifest:
+    """Do what is left to do; at once if nothing is."""
+    console = console or Console(soft_wrap=True)
+    _check(preparation)
+    files = find_files(preparation.inputs)
+    tokenizer = None if preparation.tokenizer in TRAINED else open_tokenizer(preparation.tokenizer)
+    key = _key(preparation, files, tokenizer)
+    if finished := _finished(preparation, key):
+        console.print(f"{preparation.output} is prepared already, with these inputs and settings: nothing to do")
+        return finished
+    began = time.monotonic()
+    with _work_folder(preparation.output) as folder:
+        total = sum(file.stat().st_size for file in files if isinstance(file, Path))
+        reading = Reading(preparation.text_key, preparation.documents, piece_size(total))
+        if tokenizer is None:
+            tokenizer = _trained(preparation, files, reading, folder, key, console)
+        recipe = _recipe(preparation, reading, tokenizer, folder)
+        parts, bad, size = _encode(preparation, files, recipe, folder, total, console)
+        manifest = _assemble(preparation, parts, recipe, tokenizer, key, bad)
+    seconds = time.monotonic() - began
+    for split, counts in manifest.counts.items():
+        console.print(f"  {split}: {counts['documents']:,} documents, {counts['sequences']:,} sequences, {counts['tokens']:,} tokens")
+    tokens = sum(counts["tokens"] for counts in manifest.counts.values())
+    skipped = f", {bad:,} broken lines skipped" if bad else ""
+    console.print(
+        f"prepared {preparation.output}: {size / 1e6:.1f} MB of text, {tokens:,} tokens, vocabulary {manifest.vocab_size:,}{skipped}, "
+        f"{seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
+    )
+    return manifest
+
+
+def _check(p: Preparation) -> None:
+    if not p.inputs:
+        raise UserError("megalite prepare got no input; name files, folders, hf:NAME[:CONFIG][:SPLIT] or stdlib")
+    if min(p.splits) < 0 or abs(sum(p.splits) - 1) > 1e-6:
+        raise UserError(f"--splits {','.join(map(str, p.splits))} sum to {sum(p.splits):g}, shares must sum to 1; for instance 0.98,0.01,0.01")
+    if p.splits[0] == 0:
+        raise UserError("--splits gives 0 to training; the first share must be above 0")
+    if p.tokenizer.startswith("train:") and p.tokenizer not in TRAINED:
+        raise UserError(f"--tokenizer {p.tokenizer} is not one of {', '.join(TRAINED)}; choose one, or give a file")
+    if p.vocab_size is not None and p.tokenizer not in TRAINED:
+        raise UserError(f"--vocab-size {p.vocab_size} is for a tokenizer trained here, but --tokenizer {p.tokenizer} has its own; leave it out")
+    if p.vocab_size is not None and p.vocab_size < 16:
+        raise UserError(f"--vocab-size {p.vocab_size} is too small for any tokenizer; choose some thousands")
+    if p.workers is not None and p.workers < 1:
+        raise UserError(f"--workers {p.workers} is below 1; leave it out for one a core")
+
+
+def _key(p: Preparation, files: list[Path | str], tokenizer: Tokenizer | None) -> str:
+    """Names inputs and settings, except those that change no byte of the output."""
+    settings = p.model_dump(exclude={"workers", "output", "inputs"}) | {"tokenizer": tokenizer.fingerprint if tokenizer else p.tokenizer}
+    return hashlib.blake2b(json.dumps([__version__, settings, inventory(files)]).encode(), digest_size=16).hexdigest()
+
+
+def _finished(p: Preparation, key: str) -> Manifest | None:
+    if not Manifest.path(p.output).is_file():
+        return None
+    manifest = Manifest.find(p.output)
+    if manifest is None or manifest.key != key:
+        return None
+    try:
+        whole = all(Shard(f"{p.output}.{split}").num_tokens == counts["tokens"] for split, counts in manifest.counts.items())
+        return manifest if whole and open_tokenizer(f"{p.output}.tokenizer").fingerprint == manifest.tokenizer else None
+    except UserError:
+        return None  # something was deleted or cut: make it again
+
+
+@contextmanager
+def _work_folder(output: str) -> Iterator[Path]:
+    """OUTPUT.parts, for one preparation at a time; it stays when we fail and goes when we are done."""
+    folder = Path(f"{output}.parts")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"--output {output} cannot be written ({problem.strerror}: {problem.filename}); choose another place") from None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another `megalite prepare` is writing {output}; wait for it or choose another --output") from None
+        except OSError:
+            pass  # a file system without locks
+        yield folder
+        shutil.rmtree(folder)
+    finally:
+        os.close(handle)
+
+
+def _recipe(p: Preparation, reading: Reading, tokenizer: Tokenizer, folder: Path) -> Recipe:
+    sentences = "mask" in tokenizer.special if p.split_sentences is None else p.split_sentences
+    if not sentences and "eos" not in tokenizer.special:
+        raise UserError(
+            f"tokenizer {p.tokenizer} has no end-of-text token to put after a document; pass --split-sentences for BERT, or another --tokenizer"
+        )
+    tokenizer.save(folder / "tokenizer")
+    return Recipe(reading, sentences, p.splits, p.seed, str(folder / "tokenizer"), tokenizer.fingerprint)
+
+
+def _trained(p: Preparation, files: list[Path | str], reading: Reading, folder: Path, key: str, console: Console) -> Tokenizer:
+    """A new tokenizer from at most SAMPLE bytes of training documents, taken evenly; kept for a restart."""
+    kept = folder / f"tokenizer-{key}"
+    if kept.is_dir():
+        return open_tokenizer(kept)
+    total = sum(file.stat().st_size for file in files if isinstance(file, Path))
+    every = max(1, -(-total // SAMPLE))
+    size = p.vocab_size or 32000
+
+    def texts() -> Iterator[str]:
+        taken = 0
+        for number, piece in enumerate(cut(files, reading)):
+            if number % every:
+                continue
+            for found in documents(piece, reading):
+                if isinstance(found, BadLine):
+                    if p.bad_lines == "refuse":
+                        raise _refused([f"{found.where}: {found.why}"], 1)
+                elif split_of(found.head, p.splits, p.seed) == 0:
+                    taken += len(found.text)
+                    yield found.text
+            bar.advance(piece.size)
+            if taken >= SAMPLE:
+                return
+
+    began = time.monotonic()
+    with _Bar(console, f"training {p.tokenizer[6:]} tokenizer", total // every) as bar:
+        tokenizer = train_tokenizer(p.tokenizer, texts(), vocab_size=size)
+    console.print(f"trained a {p.tokenizer[6:]} tokenizer with {tokenizer.vocab_size:,} entries in {time.monotonic() - began:.1f} s")
+    if tokenizer.vocab_size < size:
+        console.print(f"  (asked for {size:,}: the text gives no more)")
+    temporary = folder / "tokenizer.tmp"
+    tokenizer.save(temporary)
+    temporary.rename(kept)
+    return open_tokenizer(kept)
+
+
+def _refused(reported: list[str], count: int) -> UserError:
+    more = f" (and {count - 1} more broken lines there)" if count > 1 else ""
+    return UserError(f"{reported[0]}{more}; mend it, or leave such lines out with --bad-lines skip")
+
+
+def _encode(
+    p: Preparation, files: list[Path | str], recipe: Recipe, folder: Path, total: int, console: Console
+) -> tuple[list[Path], int, int]:
+    """Every piece's part, in order; how many lines were broken; bytes of text."""
+    key = recipe.key
+    parts: list[Path] = []
+    sizes: dict[int, int] = {}
+    reported: list[str] = []
+    seen = {"bad": 0, "bytes": 0, "documents": 0, "reused": 0}
+
+    def count(number: int, summary: dict) -> None:
+        if summary["bad"] and p.bad_lines == "refuse":
+            raise _refused(summary["reported"], summary["bad"])
+        reported.extend(summary["reported"])
+        for name in ("bad", "bytes", "documents"):
+            seen[name] += summary[name]
+        bar.advance(sizes.pop(number))
+
+    def left() -> Iterator[tuple[int, Piece]]:
+        for number, piece in enumerate(cut(files, recipe.reading)):
+            path = part_path(folder, piece, key)
+            parts.append(path)
+            sizes[number] = piece.size
+            if path.is_file():
+                seen["reused"] += 1
+                count(number, read_part(path)[0])
+            else:
+                yield number, piece
+
+    workers = p.workers or len(os.sched_getaffinity(0))
+    with _Bar(console, "tokenizing", total) as bar:
+        for number, summary in encode_all(left(), recipe, folder, workers=workers):
+            count(number, summary)
+    if seen["reused"]:
+        console.print(f"took over {seen['reused']} of {len(parts)} pieces from an earlier run")
+    for line in sorted(reported)[:REPORTED]:
+        console.print(f"  skipped {line}", highlight=False, markup=False)
+    if not seen["documents"]:
+        raise UserError(f"no text in {' '.join(p.inputs)}: 0 documents in {len(files)} files; check the inputs and --text-key")
+    return parts, seen["bad"], seen["bytes"]
+
+
+def _assemble(p: Preparation, parts: list[Path], recipe: Recipe, tokenizer: Tokenizer, key: str, bad: int) -> Manifest:
+    """All parts behind one another into the shards; then the tokenizer, the shards and last the manifest take their names."""
+    used = [split for split, share in zip(SPLITS, p.splits, strict=True) if share]
+    with ExitStack() as stack:
+        writers = {split: Writer(f"{p.output}.{split}", vocab_size=tokenizer.vocab_size) for split in used}
+        for writer in writers.values():
+            stack.callback(writer.discard)
+        for path in parts:
+            _, array = read_part(path)
+            for split, writer in writers.items():
+                writer.add(array(f"{split}_tokens"), lengths=array(f"{split}_lengths"), ends=array(f"{split}_ends"))
+        if not writers["train"].num_documents:
+            held = ", ".join(f"{split} {writer.num_documents}" for split, writer in writers.items())
+            raise UserError(
+                f"the training split is empty (documents: {held}); give more documents, --documents line or blank-line for text files, "
+                "another --seed, or --splits 1,0,0"
+            )
+        Manifest.path(p.output).unlink(missing_ok=True)  # from here to the end, OUTPUT.parts without a manifest says: unfinished
+        tokenizer.save(f"{p.output}.tokenizer")
+        for split in SPLITS:
+            if split in writers:
+                writers[split].commit()
+            else:
+                for ending in ("idx", "bin"):
+                    Path(f"{p.output}.{split}.{ending}").unlink(missing_ok=True)
+        counts = {
+            split: {"documents": w.num_documents, "sequences": w.num_sequences, "tokens": w.num_tokens} for split, w in writers.items()
+        }
+        settings = p.model_dump(mode="json", exclude={"workers", "output"})
+        manifest = Manifest(
+            key=key, tokenizer=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, special=tokenizer.special, sentences=recipe.sentences,
+            counts=counts, bad_lines=bad, settings=settings, versions=_versions(),
+        )  # fmt: skip
+        manifest.save(p.output)
+    return manifest
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"megalite": __version__} | {name: version(name) for name in ("tokenizers", "sentencepiece", "sentencex")}
+
+
+class _Bar:
+    """A bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, console: Console, title: str, total: int) -> None:
+        self._console, self._title, self._total, self._done, self._said = console, title, total, 0, time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        self._began = time.monotonic()
+
+    def __enter__(self) -> _Bar:
+        if self._progress:
+            self._progress.start()
+            self._task = self._progress.add_task(self._title, total=self._total or None, rate="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def advance(self, size: int) -> None:
+        self._done += size
+        now = time.monotonic()
+        rate = f"{self._done / 1e6 / max(now - self._began, 1e-3):.1f} MB/s"
+        if self._progress:
+            self._progress.update(self._task, completed=self._done, rate=rate)
+        elif now - self._said >= QUIET:
+            share = f" of {self._total / 1e6:.1f} MB ({100 * self._done // self._total} %)" if self._total else ""
+            self._console.print(f"{self._title}: {self._done / 1e6:.1f} MB{share}, {rate}", highlight=False)
+            self._said = now

@@ -1,0 +1,343 @@
+"""Text to token ids and back: the one door to tokenizers, transformers' AutoTokenizer and sentencepiece.
+
+In: a tokenizer.json, a folder, a SentencePiece .model, a Hugging Face name, or text to train a new one on (byte-level BPE, Sennrich
+et al. 2016; WordPiece, Schuster and Nakajima 2012; Unigram, Kudo 2018). Out: a `Tokenizer`. Text is data: "<|endoftext|>" or
+"[MASK]" spelled out in a document never becomes that token, whichever source the tokenizer has. Saved, it is a folder that
+transformers opens as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megalite.data.manifest import Manifest, output_of, write_atomically
+from megalite.errors import UserError
+
+if TYPE_CHECKING:
+    import sentencepiece
+    import tokenizers
+
+ROLES = {  # spellings tried where no tokenizer_config.json says which token does what
+    "eos": ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>"),
+    "bos": ("<s>", "<|begin_of_text|>", "<bos>"),
+    "pad": ("[PAD]", "<pad>", "<|pad|>"),
+    "mask": ("[MASK]", "<mask>"),
+    "cls": ("[CLS]", "<cls>"),
+    "sep": ("[SEP]", "<sep>"),
+    "unk": ("[UNK]", "<unk>"),
+}
+TRAINED = ("train:bpe", "train:wordpiece", "train:unigram")
+PROBE = "Probe 0123  two spaces\n\tTab, Ünïcödé ＡＢ 日本語 don't CamelCase_snake-case 1e-5 🙂 \u00a0end"
+
+
+class Tokenizer:
+    """What both libraries have in common; `special` maps a role (eos, pad, mask, ...) to its id."""
+
+    file = ""
+    """Name of the tokenizer's own file inside its folder."""
+
+    def __init__(self, pieces: Sequence[str], special: dict[str, int], control: Iterable[int]) -> None:
+        self.special, self.vocab_size = special, len(pieces)
+        unknown = special.get("unk")
+        forbidden = (set(special.values()) | set(control)) - {unknown}  # ids that text must never yield
+        self._forbidden = np.zeros(len(pieces), bool)
+        self._forbidden[sorted(forbidden)] = True
+        spelled = sorted((pieces[i] for i in forbidden | ({unknown} if unknown is not None else set())), key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
+        self._unknown = pieces[unknown] if unknown is not None else "\0" * 8
+        self._pieces = pieces
+        self._starts: tuple[np.ndarray, np.ndarray] | None = None
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """All ids in a row, and how many each text has."""
+        batch = self._encode(texts)
+        lengths = np.fromiter(map(len, batch), np.int64, len(batch))
+        flat = np.fromiter(chain.from_iterable(batch), np.int32, int(lengths.sum()))
+        if self._forbidden[flat].any() or any(self._unknown in text for text in texts):
+            batch = [self._encode_broken(text) if self._spelled.search(text) or self._forbidden[ids].any() else ids
+                     for text, ids in zip(texts, batch, strict=True)]  # fmt: skip
+            lengths = np.fromiter(map(len, batch), np.int64, len(batch))
+            flat = np.fromiter(chain.from_iterable(batch), np.int32, int(lengths.sum()))
+        return flat, lengths
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One array of ids a text, without any special token."""
+        flat, lengths = self.encode_flat(texts)
+        return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+    def _encode_broken(self, text: str) -> list[int]:
+        """Encode a text that spells a special token: cut after the spelling's first character, so that it cannot match."""
+        cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(text)), len(text)]
+        parts = self._encode([text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)])
+        return [i for i in chain.from_iterable(parts) if not self._forbidden[i]]  # a normaliser may still have made one: drop it
+
+    def word_starts(self, ids: np.ndarray) -> np.ndarray:
+        """Where a word begins, for whole-word masking.
+
+        By the mark of the vocabulary: "##" continues a word of WordPiece, "Ġ" or "▁" begins one of byte-level BPE or
+        SentencePiece. The latter two have no mark between punctuation and letters; there a word is a run of either.
+        """
+        if self._starts is None:
+            wordpiece = sum(piece.startswith("##") for piece in self._pieces) > len(self._pieces) / 100
+            begins = np.array([not p.startswith("##") if wordpiece else not _is_word(p[:1]) for p in self._pieces])
+            ends = np.array([not wordpiece and not _is_word(p[-1:]) and p[-1:] not in ("Ġ", "▁") for p in self._pieces])
+            self._starts = begins, ends
+        begins, ends = self._starts
+        starts = begins[ids]
+        starts[1:] |= ends[ids[:-1]]
+        starts[:1] = True
+        return starts
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the vocabulary and what is done to text, independent of library versions and of how the file is laid out."""
+        probe = np.concatenate(self.encode_batch(PROBE.split(" ") + [PROBE])).tolist()
+        content = json.dumps([list(self._pieces), sorted(self.special.items()), self._rules(), probe])
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the folder that `open_tokenizer` and transformers read; the tokenizer's own file comes last."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        roles = {f"{role}_token": self._pieces[i] for role, i in self.special.items()}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **roles} if self.file == "tokenizer.json" else roles
+        write_atomically(folder / "tokenizer_config.json", json.dumps(config, indent=2).encode() + b"\n")
+        write_atomically(folder / self.file, self._content())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        raise NotImplementedError
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def _rules(self) -> Any:
+        """What tells apart two tokenizers of the same pieces."""
+        raise NotImplementedError
+
+    def _content(self) -> bytes:
+        raise NotImplementedError
+
+
+def _is_word(character: str) -> bool:
+    return character.isalnum() and character not in "ĠĊĉ▁"  # the marks of byte-level BPE are letters to Unicode
+
+
+class HuggingFace(Tokenizer):
+    """A `tokenizers.Tokenizer`: anything that has a tokenizer.json."""
+
+    file = "tokenizer.json"
+
+    def __init__(self, backend: tokenizers.Tokenizer, spelled: dict[str, str]) -> None:
+        ids = {piece: i for piece, i in backend.get_vocab(with_added_tokens=True).items()}
+        special = {role: ids[piece] for role, piece in spelled.items() if piece in ids}
+        backend.no_truncation()
+        backend.no_padding()
+        backend.add_special_tokens([piece for piece in spelled.values() if piece in ids])  # those that a careless file left unmarked
+        backend.encode_special_tokens = True
+        control = [i for i, token in backend.get_added_tokens_decoder().items() if token.special]
+        pieces = [f"<hole {i}>" for i in range(max(ids.values()) + 1)]
+        for piece, i in ids.items():
+            pieces[i] = piece
+        super().__init__(pieces, special, control)
+        self._backend = backend
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def _rules(self) -> Any:
+        merges = json.loads(self._backend.to_str())["model"].get("merges", [])
+        return [" ".join(merge) if isinstance(merge, list) else merge for merge in merges]
+
+    def _content(self) -> bytes:
+        return self._backend.to_str(pretty=True).encode()
+
+
+class SentencePiece(Tokenizer):
+    """A `sentencepiece.SentencePieceProcessor`."""
+
+    file = "tokenizer.model"
+
+    def __init__(self, backend: sentencepiece.SentencePieceProcessor, spelled: dict[str, str]) -> None:
+        size = backend.get_piece_size()
+        pieces = [backend.id_to_piece(i) for i in range(size)]
+        own = {"eos": backend.eos_id(), "bos": backend.bos_id(), "pad": backend.pad_id(), "unk": backend.unk_id()}
+        special = {role: i for role, i in own.items() if i >= 0}
+        special |= {role: pieces.index(piece) for role, piece in spelled.items() if piece in pieces}
+        super().__init__(pieces, special, [i for i in range(size) if backend.is_control(i)])
+        self._backend = backend
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._backend.encode(list(texts), num_threads=1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._backend.decode([int(i) for i in ids])
+
+    def _rules(self) -> Any:
+        return hashlib.sha256(self._content()).hexdigest()
+
+    def _content(self) -> bytes:
+        return self._backend.serialized_model_proto()
+
+
+def open_tokenizer(source: str | Path) -> Tokenizer:
+    """A tokenizer.json, a SentencePiece .model, a folder with either, or the name of a Hugging Face tokenizer."""
+    path = Path(source)
+    if path.is_dir():
+        file = next((path / name for name in ("tokenizer.json", "tokenizer.model", "spiece.model") if (path / name).is_file()), None)
+        return _open_file(file, _configured(path)) if file else _open_by_name(str(path))
+    if path.is_file():
+        return _open_file(path, {})
+    if path.suffix in (".json", ".model") or str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
+        raise UserError(f"tokenizer {source} does not exist; give a tokenizer.json, a .model, a folder, a Hugging Face name or train:bpe")
+    return _open_by_name(str(source))
+
+
+def stored_tokenizer(prefix: str | Path) -> Tokenizer | None:
+    """The tokenizer beside these shards, checked against their manifest; None for files that Megatron made."""
+    manifest, folder = Manifest.find(prefix), Path(f"{output_of(prefix)}.tokenizer")
+    if not folder.is_dir():
+        return None
+    tokenizer = open_tokenizer(folder)
+    if manifest is not None and manifest.tokenizer != tokenizer.fingerprint:
+        raise UserError(
+            f"tokenizer {folder} has fingerprint {tokenizer.fingerprint[:12]}, the shards {prefix} were made with {manifest.tokenizer[:12]}; "
+            "put the old folder back or prepare the corpus again"
+        )
+    return tokenizer
+
+
+def _open_file(path: Path, spelled: dict[str, str]) -> Tokenizer:
+    try:
+        if path.suffix == ".model":
+            import sentencepiece
+
+            backend = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            return SentencePiece(backend, _known([backend.id_to_piece(i) for i in range(backend.get_piece_size())]) | spelled)
+        import tokenizers
+
+        fast = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+    except Exception as problem:  # both libraries raise bare Exception or RuntimeError
+        raise UserError(f"tokenizer {path} cannot be read ({problem}); give a tokenizer.json or a SentencePiece .model") from None
+    return HuggingFace(fast, _known(fast.get_vocab(with_added_tokens=True)) | spelled)
+
+
+def _open_by_name(name: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(name, use_fast=True)
+    except Exception as problem:
+        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        raise UserError(f"tokenizer {name} is no file, and Hugging Face gives none of that name ({reason}); give a file, or train:bpe") from None
+    if not getattr(found, "is_fast", False):
+        raise UserError(f"tokenizer {name} has no fast version; give its tokenizer.json or .model file")
+    spelled = {role: getattr(found, f"{role}_token", None) for role in ROLES}
+    return HuggingFace(found.backend_tokenizer, {role: piece for role, piece in spelled.items() if piece})
+
+
+def _known(pieces: Iterable[str]) -> dict[str, str]:
+    there = set(pieces)
+    return {role: next(s for s in spellings if s in there) for role, spellings in ROLES.items() if there.intersection(spellings)}
+
+
+def _configured(folder: Path) -> dict[str, str]:
+    """Roles as tokenizer_config.json and special_tokens_map.json give them."""
+    spelled = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text("utf-8"))
+            for role in ROLES:
+                token = config.get(f"{role}_token")
+                token = token.get("content") if isinstance(token, dict) else token
+                if token:
+                    spelled[role] = token
+    return spelled
+
+
+def train_tokenizer(kind: str, texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """A new tokenizer of this kind; the same texts give the same tokenizer, byte for byte."""
+    return {"train:bpe": _train_bpe, "train:wordpiece": _train_wordpiece, "train:unigram": _train_unigram}[kind](texts, vocab_size)
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """GPT-2's: 256 bytes, so every text can be written and read back exactly."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 1:
+        raise UserError(f"--vocab-size {vocab_size} is below the 256 bytes and <|endoftext|> of byte-level BPE; choose {len(alphabet) + 1} or more")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False, max_token_length=32
+    )
+    fast.train_from_iterator(texts, trainer)
+    return HuggingFace(fast, {"eos": "<|endoftext|>"})
+
+
+def _train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """BERT's, cased: source code and names mean different things in lower case.
+
+    The trainer numbers "##c" in the order of a hash table, another in every process, and breaks ties by number. Named as special
+    tokens they are numbered before it begins; the tokenizer is then built from the vocabulary without that trick.
+    """
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    def build(vocabulary: dict[str, int]) -> Fast:
+        fast = Fast(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+        fast.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+        fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        fast.decoder = decoders.WordPiece()
+        return fast
+
+    special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    sample = list(texts)
+    counts: Counter[str] = Counter()
+    for text in sample:
+        counts.update(text)
+    common = sorted((c for c in counts if c.isprintable() and c != " "), key=lambda c: (-counts[c], c))
+    letters = sorted(common[: min(1000, vocab_size // 4)])
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, show_progress=False, initial_alphabet=letters, limit_alphabet=len(letters),
+        special_tokens=[*special.values(), *(f"##{c}" for c in letters)],
+    )  # fmt: skip
+    fast = build({})
+    fast.train_from_iterator(sample, trainer)
+    return HuggingFace(build(fast.get_vocab(with_added_tokens=True)), special)
+
+
+def _train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """SentencePiece's, with bytes for what the pieces cannot write; spaces and line ends are kept.
+
+    (The trainer of `tokenizers` gave another vocabulary on every run.)
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    lines = (line for text in texts for line in text.split("\n") if line and len(line) < 4096)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=model, model_type="unigram", vocab_size=vocab_size, byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
+            split_digits=True, user_defined_symbols=["\n"], unk_id=0, bos_id=-1, eos_id=1, pad_id=-1, eos_piece="<|endoftext|>",
+            num_threads=4, hard_vocab_limit=False, input_sentence_size=2_000_000, shuffle_input_sentence=False, minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as problem:
+        raise UserError(f"--tokenizer train:unigram with --vocab-size {vocab_size} failed ({problem}); choose another size or more text") from None
+    return SentencePiece(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), {"eos": "<|endoftext|>"})

@@ -1,0 +1,232 @@
+"""Ranks brought to life: forked on a CPU, one process a GPU, or joined under torchrun and srun.
+
+In: how many ranks (or a `Config`, whose mesh says) and the function each of them runs.  Out: what that function returned, or the one
+exception that `crew.py` found to be the first. On a machine without a GPU the parent imports once and forks, which brings up eight
+ranks in a tenth of a second; on GPUs every rank is a fresh interpreter, because CUDA does not survive a fork. Both kinds meet in a file.
+This module alone reads the environment; `torch.distributed` is initialised when the work begins, and DeepSpeed finds it so.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import pickle
+import random
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from megalite import config as settings
+from megalite.crew import Failure, Link, RankError, run_crew
+from megalite.errors import UserError
+from megalite.log import own_log, rank_log
+
+PATIENCE = 600.0  # seconds a rank waits for another before it calls it lost
+Warm = Sequence[str | Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank that somebody else started stands."""
+
+    rank: int
+    world: int
+    local_rank: int
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What every rank of one launch is told."""
+
+    world: int
+    work: Callable[[int], Any]
+    backend: str
+    folder: Path  # the meeting file lies here
+    port: int
+    timeout: float
+
+
+def run_ranks(
+    world: int, work: Callable[[int], Any], *, folder: str | Path | None = None, warm: Warm = (), timeout: float = PATIENCE
+) -> list[Any]:
+    """Run work(rank) on `world` forked gloo ranks of this CPU; returns what each returned, in the order of ranks.
+
+    `warm` names modules to import (or functions to call) before forking. `timeout` is how long a rank may wait for another, at the
+    start and in any collective. With a run folder every rank's output goes to folder/logs, and only rank 0's to the console.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed decides when it is imported, which may be now
+    for item in warm:
+        importlib.import_module(item) if isinstance(item, str) else item()
+    return _run(world, work, "gloo", folder=folder, timeout=timeout)
+
+
+def start(config: settings.Config, work: Callable[[settings.Config, int], Any], *, warm: Warm = ()) -> Any:
+    """Run work(config, rank), the config's mesh filled in, on as many ranks as there are; returns rank 0's result (joined: this rank's).
+
+    Under torchrun or srun this process is one of the ranks already. Otherwise every visible GPU gets a process, for which `work` is
+    pickled; without a GPU mesh.ranks, or else dp x pp x tp, ranks are forked. A mesh that does not fit is refused before any rank starts.
+    """
+    place = find_place(os.environ)
+    gpus = torch.cuda.device_count()  # asks the driver's library and creates no context
+    mesh = config.mesh
+    world = place.world if place else gpus or mesh.ranks or (mesh.dp or 1) * mesh.pp * mesh.tp
+    try:
+        config = settings.resolve_mesh(config, world)
+    except UserError:
+        if place and place.rank:
+            raise SystemExit(2) from None  # rank 0 says it for all
+        raise
+    folder, rank_work = Path(config.run.folder or f"runs/{config.name}"), functools.partial(work, config)
+    if place:
+        return _join(place, rank_work, folder=folder)
+    try:
+        if gpus:
+            return _run(world, rank_work, "nccl", fresh=True, folder=folder)[0]
+        return run_ranks(world, rank_work, folder=folder, warm=warm)[0]
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+# ---- ranks that we start ---------------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    world: int,
+    work: Callable[[int], Any],
+    backend: str,
+    *,
+    fresh: bool = False,
+    folder: str | Path | None = None,
+    timeout: float = PATIENCE,
+) -> list[Any]:
+    with tempfile.TemporaryDirectory(prefix="megalite-") as place:
+        # DeepSpeed names its shared memory after the port, so every launch needs its own, though nobody listens there
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        orders = Orders(world, work, backend, Path(place), port, timeout)
+        if fresh:
+            Path(place, "orders").write_bytes(pickle.dumps(orders))
+        life = functools.partial(_be_reborn if fresh else _be_forked, orders)
+        return run_crew(world, life, folder=Path(folder) if folder else None, timeout=timeout)
+
+
+def _be_forked(orders: Orders, rank: int, link: Link) -> NoReturn:
+    """The life of a rank on a CPU."""
+    _announce(orders, rank)
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a laptop's host name may stand for an address that is gone
+    torch.set_num_threads(1)  # also keeps the rank out of the parent's OpenMP pool, which did not survive the fork
+    link.answer(functools.partial(_meet_and_work, orders, rank, link))
+
+
+def _be_reborn(orders: Orders, rank: int, link: Link) -> NoReturn:
+    """The life of a rank on a GPU, until it begins anew in `be_spawned`, as a fresh interpreter."""
+    _announce(orders, rank)
+    os.environ.setdefault("OMP_NUM_THREADS", f"{max(1, (os.cpu_count() or 1) // orders.world)}")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    pipes = link.reports.fileno(), link.leave
+    for pipe in pipes:
+        os.set_inheritable(pipe, True)
+    code = f"from megalite.launch import be_spawned; be_spawned({str(orders.folder)!r}, {rank}, {pipes[0]}, {pipes[1]})"
+    os.execve(sys.executable, [sys.executable, "-u", "-c", code], os.environ)
+
+
+def be_spawned(folder: str, rank: int, reports: int, leave: int) -> NoReturn:
+    """The second life of a rank on a GPU; only `_be_reborn` comes here."""
+    link = Link(Connection(reports, readable=False), leave)
+    link.answer(lambda: _meet_and_work(pickle.loads(Path(folder, "orders").read_bytes()), rank, link))
+
+
+def _announce(orders: Orders, rank: int) -> None:
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{orders.world}", LOCAL_WORLD_SIZE=f"{orders.world}")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{orders.port}")
+
+
+def _meet_and_work(orders: Orders, rank: int, link: Link) -> Any:
+    if orders.backend == "nccl":
+        torch.cuda.set_device(rank)
+    link.arrive()  # from here on torch knows how to time out
+    patience = timedelta(seconds=orders.timeout)
+    meeting = f"file://{orders.folder}/meeting"
+    dist.init_process_group(orders.backend, init_method=meeting, rank=rank, world_size=orders.world, timeout=patience)
+    return orders.work(rank)
+
+
+# ---- ranks that torchrun or srun started -----------------------------------------------------------------------------------------------
+
+
+def find_place(environment: Mapping[str, str]) -> Place | None:
+    """Where this process stands if torchrun or srun started it as one of several ranks; None if it stands alone.
+
+    A batch script that calls no srun is told SLURM_PROCID and SLURM_NTASKS, too; only a step has SLURM_STEP_ID.
+    """
+    get = environment.get
+    if get("RANK") and get("WORLD_SIZE"):
+        rank, world, local = int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(get("LOCAL_RANK", "0"))
+    elif get("SLURM_STEP_ID") and get("SLURM_PROCID"):
+        rank, world = int(environment["SLURM_PROCID"]), int(get("SLURM_STEP_NUM_TASKS") or get("SLURM_NTASKS", "1"))
+        local = int(get("SLURM_LOCALID", "0"))
+        if world == 1:
+            return None
+    else:
+        return None
+    job = int(get("SLURM_JOB_ID", "0")) * 31 + int(get("SLURM_STEP_ID", "0"))
+    address = get("MASTER_ADDR") or first_host(get("SLURM_STEP_NODELIST") or get("SLURM_JOB_NODELIST") or "127.0.0.1")
+    return Place(rank, world, local, address, int(get("MASTER_PORT") or 15_000 + job % 15_000))
+
+
+def first_host(nodelist: str) -> str:
+    """gpu[07-09,12],cpu1 -> gpu07, as `scontrol show hostnames` says first."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodelist)[0])
+
+
+def _join(place: Place, work: Callable[[int], Any], *, folder: Path) -> Any:
+    """Be one rank; whoever started us ends the others when we exit with an error."""
+    gpus = torch.cuda.device_count()
+    local = place.local_rank % gpus if gpus else place.local_rank  # srun may show every rank its own GPU only
+    os.environ.update(RANK=f"{place.rank}", WORLD_SIZE=f"{place.world}", LOCAL_RANK=f"{local}")
+    os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=f"{place.port}")
+    if gpus:
+        torch.cuda.set_device(local)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with own_log(rank_log(folder, place.rank), show=place.rank == 0) as console:
+        try:
+            return _meet_all_and_work(place, work, "nccl" if gpus else "gloo")
+        except Exception as error:
+            failure = Failure.of(error)
+            if place.rank:  # what rank 0 says reaches the console anyway
+                time.sleep(failure.by_user)  # most likely rank 0 has the same to say, and its exit has ended us before we repeat it
+                console.write(f"rank {place.rank} {failure.report.splitlines()[-1] if failure.lost_peer else failure.report}\n")
+            if failure.by_user:
+                raise
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # at once: leaving in order would wait for peers
+
+
+def _meet_all_and_work(place: Place, work: Callable[[int], Any], backend: str) -> Any:
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
+    except dist.DistError as error:
+        where = f"{place.address}:{place.port}"
+        cure = f"see that all {place.world} tasks started and that no firewall closes the port"
+        raise RankError(place.rank, f"met nobody at {where} within {PATIENCE:g} s; {cure}") from error
+    result = work(place.rank)
+    dist.barrier()  # rank 0 holds the meeting point open until the last one is done
+    dist.destroy_process_group()
+    return result

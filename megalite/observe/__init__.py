@@ -1,0 +1,1 @@
+"""What a run tells about itself: metrics on the console, in JSONL and in TensorBoard."""

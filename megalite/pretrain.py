@@ -1,0 +1,85 @@
+"""What `megalite train` does around the training: shards if there are none yet, ranks, and at the end what came of it.
+
+In: a config.  Out: the run folder, and on the console the validation loss beside the unigram entropy, a sample, where all lies and
+what to do next.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from megalite import launch, train
+from megalite.checkpoint.store import read_facts, whole
+from megalite.config import Config, run_folder
+from megalite.data.loader import open_train, open_valid, resolve
+from megalite.data.prepare import Preparation, prepare
+from megalite.data.shards import unigram_entropy
+from megalite.evaluate import generate
+from megalite.log import open_console, quiet_foreign
+
+
+def pretrain(config: Config, *, command: str) -> None:
+    """Prepare if need be, train what is left, report."""
+    quiet_foreign()
+    prepare_corpus(config)
+    config = train.resolve(config)
+    train.write_config(config)
+    done = whole(run_folder(config) / "checkpoints")
+    if done and read_facts(done[-1])["step"] >= config.train.steps:
+        _print(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
+    else:
+        launch.start(config, train.train, warm=("megalite.train",))
+    if getattr(launch, "is_rank_zero", lambda: True)():
+        report(config, command=command)
+
+
+def prepare_corpus(config: Config) -> None:
+    """Make the first training shard from data.corpus where it does not exist and the config says how."""
+    data = config.data
+    if not data.train or not data.corpus or Path(f"{resolve(data.train[0])}.idx").is_file():
+        return
+    prepare(
+        Preparation(inputs=data.corpus, output=data.train[0], tokenizer=data.corpus_tokenizer or "train:bpe", vocab_size=data.corpus_vocab)
+    )
+
+
+def report(config: Config, *, command: str) -> None:
+    """The end of a run, on the console."""
+    folder = run_folder(config)
+    checkpoint = whole(folder / "checkpoints")[-1]
+    valid = read_facts(checkpoint)["valid"]
+    held_out = open_valid(config.data, model=config.model)
+    if valid and held_out:
+        entropy = unigram_entropy(held_out.shards[0])
+        _print(f"validation loss {valid['tokens']:.3f} nats a token; the unigram entropy of {held_out.shards[0].prefix} is {entropy:.3f}")
+    _print(sample(config, checkpoint))
+    _print(f"run folder   {folder}/ (config.yaml, metrics.jsonl, logs/)")
+    _print(f"checkpoint   {checkpoint}/")
+    _print(f"train on     {command} --train.steps {2 * config.train.steps}")
+    _print(f"curves       tensorboard --logdir {folder}/tensorboard")
+    if config.name == "gpt-tiny":
+        _print("train BERT   megalite train bert-tiny")
+
+
+def sample(config: Config, checkpoint: Path) -> str:
+    """A continuation by a GPT; by a BERT, the words it puts where the validation sample has masks."""
+    model, settings = generate.load_model(checkpoint)
+    opened = open_train(config.data, model=config.model, seed=config.run.seed)
+    tokenizer = opened.tokenizer
+    if tokenizer is None:
+        return "no sample: the shards name no tokenizer; set data.tokenizer to see one"
+    if settings.family == "gpt":
+        prompt = torch.from_numpy(opened.source.sample(0)["ids"][:16].copy())
+        ids = generate.continue_text(model, prompt, model=settings, tokens=48)
+        return f"sample       {json.dumps(tokenizer.decode(prompt.tolist()))} ->\n{tokenizer.decode(ids[len(prompt):].tolist())}"
+    batch = {name: torch.as_tensor(value)[None] for name, value in opened.source.sample(0).items()}
+    found, labels = generate.fill_masks(model, batch)[0], batch["labels"][0]
+    pairs = [(tokenizer.decode([int(labels[at])]), tokenizer.decode([int(found[at])])) for at in torch.nonzero(labels != -100).flatten()[:12]]
+    return "sample       masked -> filled in: " + ", ".join(f"{json.dumps(a)} -> {json.dumps(b)}" for a, b in pairs)
+
+
+def _print(line: str) -> None:
+    open_console().print(line, markup=False)
