@@ -61,6 +61,7 @@ class Engine:
         self.config, self.mesh = config, mesh
         self.dtype = DTYPES[config.train.precision]
         self.num_microbatches = config.train.global_batch // (mesh.dp * config.train.micro_batch)
+        zero.start()
         stage = document.get("zero_optimization", {}).get("stage", 0)
         configuration = zero.settings(
             document, precision=config.train.precision, micro_batch=config.train.micro_batch, reduce=config.train.reduce or "microbatch"

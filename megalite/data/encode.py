@@ -30,8 +30,7 @@ from megalite.errors import UserError
 
 BATCH = 1 << 18  # characters tokenized at once; tokenizers needs some hundred bytes of memory for each
 SLICE = 1 << 18  # longest text the tokenizer gets in one go
-CUT = re.compile(r"\S\n(?=\S)")  # no tokenizer here joins across such a place, so cutting there changes no token
-WORD_END = re.compile(r"\S(?=\s)")
+CUTS = (re.compile(r"\w(?=\n)"), re.compile(r"\w(?=\s)"))  # as BREAKS in inputs.py
 REPORTED = 10  # broken lines a part remembers; all are counted
 TERMINATOR = re.compile(r"[.!?…。！？؟।]")
 
@@ -152,7 +151,7 @@ def slices(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > SLICE:
         window = start + SLICE // 2, start + SLICE
-        found = CUT.search(text, *window) or WORD_END.search(text, *window)
+        found = next(filter(None, (pattern.search(text, *window) for pattern in CUTS)), None)
         end = found.end() if found else start + SLICE
         yield text[start:end]
         start = end

@@ -28,7 +28,13 @@ TEXT = (".txt", ".text", ".md", ".rst", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 FOLDER = (".txt", *LINES, ".parquet")  # what a folder contributes: not the README beside the data
 NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-BREAKS = {"line": re.compile(rb"\n()"), "blank-line": re.compile(rb"\n[ \t\r]*\n()"), "file": re.compile(rb"\S\n()(?=\S)")}
+# Where a text file may be cut, the best first. No tokenizer here joins a letter with a line end or a space behind it, so cutting a long
+# document there changes no token.
+BREAKS = {
+    "line": (re.compile(rb"\n"),),
+    "blank-line": (re.compile(rb"\n[ \t\r]*\n"),),
+    "file": (re.compile(rb"[A-Za-z0-9](?=\n)"), re.compile(rb"[A-Za-z0-9](?= )")),
+}
 
 
 @dataclass(frozen=True)
@@ -364,19 +370,19 @@ def _parts(piece: Piece, separator: str) -> Iterator[Document | BadLine]:
         yield replace(found, head=head, first=start == 0, last=stop == size)
         return
     at = 0
-    for found in chain(BREAKS[separator].finditer(data), [None]):
+    for found in chain(BREAKS[separator][0].finditer(data), [None]):
         end = found.end() if found else len(data)
         if data[at:end].strip():
             yield _document(data[at:end].strip(b"\r\n"), str(path), offset=start + at)
         at = end
 
 
-def _break_after(file: Any, at: int, size: int, pattern: re.Pattern[bytes]) -> int:
+def _break_after(file: Any, at: int, size: int, patterns: tuple[re.Pattern[bytes], ...]) -> int:
     """Where the first break after `at` lies; both neighbours of a cut find the same. Without one nearby, a letter's beginning."""
     if at in (0, size):
         return at
     file.seek(at - 1)
     window = file.read(SMALLEST)
-    if found := pattern.search(window, 0):
-        return at - 1 + found.start(1)
+    if found := next(filter(None, (pattern.search(window) for pattern in patterns)), None):
+        return at - 1 + found.end()
     return min(size, at + next(i for i, byte in enumerate(window[1:5] + b"\0") if byte & 0xC0 != 0x80))

@@ -36,10 +36,10 @@ def num_parameters(model: Model) -> int:
 def layer_costs(model: Model, sequence: int) -> list[float]:
     """Forward FLOPs of every layer for one sequence, in the order of `models.layers`: embed, blocks, head.
 
-        embed       0, a look-up
-        block       2 s d (h + 2g) k + 4 s^2 h k + 2 s h k d + 4 s d f      (6 s d f with SwiGLU)
-        GPT head    2 s d v
-        BERT head   2 s d v + 2 s d^2 + 2 d^2 + 4 d   every position is projected, masked or not; transform, pool, next sentence
+    embed       0, a look-up
+    block       2 s d (h + 2g) k + 4 s^2 h k + 2 s h k d + 4 s d f      (6 s d f with SwiGLU)
+    GPT head    2 s d v
+    BERT head   2 s d v + 2 s d^2 + 2 d^2 + 4 d   every position is projected, masked or not; transform, pool, next sentence
     """
     s, d, f, k = sequence, model.width, model.mlp_width, model.head_width
     projections = 2 * s * d * (model.heads + 2 * model.num_kv_heads) * k + 2 * s * model.heads * k * d

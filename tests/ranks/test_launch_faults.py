@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import psutil
@@ -14,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalite import launch
+from megalite import crew, launch
 from megalite.config import Config
-from megalite.crew import RankError
+from megalite.crew import Failure, Rank, RankError
 from megalite.errors import UserError
 
 
@@ -76,15 +77,10 @@ def test_the_report_holds_the_ranks_traceback_and_so_does_its_log(tmp_path):
 
 
 def test_of_two_failures_the_earlier_is_reported():
-    def work(rank: int) -> None:
-        dist.barrier()
-        time.sleep(0 if rank == 2 else 0.005)
-        raise ArithmeticError
-
-    for _ in range(3):
-        with pytest.raises(RankError) as caught:
-            launch.run_ranks(3, work)
-        assert caught.value.rank == 2
+    failures = {0: Failure(3.0, "late"), 1: Failure(1.0, "lost a neighbour", lost_peer=True), 2: Failure(2.0, "first of its own")}
+    ranks = [Rank(number, -1, Pipe()[0], alive=False, failure=failure) for number, failure in failures.items()]
+    with pytest.raises(RankError, match="rank 2 first of its own"):
+        crew._raise_first(ranks, [], None)
 
 
 def test_a_lost_connection_is_not_mistaken_for_the_cause():
@@ -107,7 +103,11 @@ def test_bad_input_found_by_a_rank_stays_one_line(tmp_path):
 def test_a_rank_that_ignores_sigterm_is_ended_too(tmp_path):
     def work(rank: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _fail(rank, 1, tmp_path, "raise")
+        (tmp_path / f"pid-{rank}").write_text(str(os.getpid()))
+        dist.barrier()
+        if rank == 1:
+            raise ArithmeticError
+        time.sleep(300)
 
     with pytest.raises(RankError):
         launch.run_ranks(2, work)
@@ -164,7 +164,7 @@ def test_a_parent_that_is_ended_takes_its_ranks_along_without_a_word(tmp_path, n
 
 JOINER = """
 import sys, torch, torch.distributed as dist
-from megalite import launch
+from megalite import crew, launch
 from megalite.config import Config
 
 def work(config, rank):

@@ -138,13 +138,12 @@ def test_every_parameter_gets_a_gradient(model: Model) -> None:
 
 
 @every_gpt
-@settings(deadline=None, max_examples=15)
-@given(position=st.integers(0, 16), token=st.integers(0, 96))
-def test_a_gpt_does_not_see_the_future(model: Model, position: int, token: int) -> None:
+@pytest.mark.parametrize("position", [0, 7, 16])
+def test_a_gpt_does_not_see_the_future(model: Model, position: int) -> None:
     whole, inputs = models.build(model, seed=1), batch(model)
     before = logits(whole, inputs)
     changed = inputs["ids"].clone()
-    changed[:, position] = (changed[:, position] + 1 + token % 96) % 97
+    changed[:, position] = (changed[:, position] + 1) % 97
     after = logits(whole, {**inputs, "ids": changed})
     assert torch.equal(before[:, :position], after[:, :position])
     assert (before[:, position:] != after[:, position:]).any(-1).all(), "a GPT sees the past and the present"

@@ -95,8 +95,9 @@ def test_a_recipe_warms_up_for_a_small_part_of_its_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *TINY])
-def test_a_recipe_names_a_deepspeed_file_that_exists(name: str) -> None:
-    assert recipe(name).deepspeed in [path.stem for path in DS_CONFIGS]
+def test_a_recipe_names_a_deepspeed_file_that_goes_with_it(name: str) -> None:
+    path = ROOT / "ds_configs" / f"{recipe(name).deepspeed}.json"
+    assert config.deepspeed_document(recipe(name)) == json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
@@ -123,3 +124,10 @@ def test_zero_3_shards_the_matrices_of_the_tiny_recipes_too() -> None:
 def test_every_deepspeed_file_is_described() -> None:
     text = (ROOT / "ds_configs" / "README.md").read_text()
     assert all(f"[{path.name}]({path.name})" in text for path in DS_CONFIGS) and len(DS_CONFIGS) >= 3
+
+
+def test_the_page_about_deepspeed_names_every_key_and_its_owner() -> None:
+    rows = [line for line in (ROOT / "ds_configs" / "README.md").read_text().splitlines() if line.startswith("| ")]
+    for owner, keys in (("run config", config.OWNED), ("DeepSpeed JSON", config.PASSED)):
+        for key in keys:
+            assert [row.split(" | ")[0] for row in rows if f"`{key}`" in row.split(" | ")[1]] == [f"| {owner}"], key

@@ -121,7 +121,7 @@ def test_text_that_is_no_utf8_is_named_by_line(tmp_path):
 @pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst"])
 def test_compressed_files_that_were_cut_short_are_refused(corpus, tmp_path, name):
     data = corpus.read_bytes()
-    packed = gzip.compress(data) if name.endswith("gz") else zstandard.compress(data)
+    packed = gzip.compress(data) if name.endswith("gz") else zstandard.ZstdCompressor(write_checksum=True).compress(data)
     (tmp_path / name).write_bytes(packed[:-100])
     with pytest.raises(UserError, match=rf"{name} ends in the middle of its compressed data after {len(packed) - 100} bytes; copy it again"):
         read(tmp_path / name)
@@ -166,9 +166,9 @@ def test_stdlib_is_the_source_of_python_without_tests():
 
 
 def test_slices_cut_no_token_apart(trained):
-    text = "def function(x):\n    return x + 1  # because of that\n\n" * (3 * SLICE // 50)
+    text = "def function(x):\n    return x + 1  # because of that\n\n" * (2 * SLICE // 50)
     parts = list(slices(text))
-    assert len(parts) > 2
+    assert len(parts) > 1
     assert "".join(parts) == text
     assert max(map(len, parts)) <= SLICE
     for kind in ("train:bpe", "train:wordpiece"):
