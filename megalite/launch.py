@@ -101,6 +101,12 @@ def start(config: settings.Config, work: Callable[[settings.Config, int], Any], 
         raise SystemExit(130) from None
 
 
+def is_rank_zero() -> bool:
+    """Whether this process speaks for the run: it stands alone, or was started by torchrun or srun as rank 0."""
+    place = find_place(os.environ)
+    return place is None or place.rank == 0
+
+
 # ---- ranks that we start ---------------------------------------------------------------------------------------------------------------
 
 

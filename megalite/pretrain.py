@@ -10,10 +10,12 @@ import json
 from pathlib import Path
 
 import torch
+import yaml
 
-from megalite import launch, train
+from megalite import launch
+from megalite.checkpoint.resume import find as find_checkpoint
 from megalite.checkpoint.store import read_facts, whole
-from megalite.config import Config, run_folder
+from megalite.config import Config, deepspeed_document, run_folder
 from megalite.data.loader import open_train, open_valid, resolve
 from megalite.data.prepare import Preparation, prepare
 from megalite.data.shards import unigram_entropy
@@ -25,15 +27,40 @@ def pretrain(config: Config, *, command: str) -> None:
     """Prepare if need be, train what is left, report."""
     quiet_foreign()
     prepare_corpus(config)
-    config = train.resolve(config)
-    train.write_config(config)
+    config = complete(config)
+    write_config(config)
     done = whole(run_folder(config) / "checkpoints")
     if done and read_facts(done[-1])["step"] >= config.train.steps:
         _print(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
     else:
-        launch.start(config, train.train, warm=("megalite.train",))
+        launch.start(config, _train, warm=("megalite.train",))
     if getattr(launch, "is_rank_zero", lambda: True)():
         report(config, command=command)
+
+
+def _train(config: Config, rank: int) -> None:
+    from megalite.train import train  # DeepSpeed takes seconds to import: bad input is answered before that
+
+    train(config, rank)
+
+
+def complete(config: Config) -> Config:
+    """Fill in what the shards decide (the vocabulary), check what can be checked before ranks start."""
+    deepspeed_document(config)
+    opened = open_train(config.data, model=config.model, seed=config.run.seed)
+    open_valid(config.data, model=config.model)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"vocab": opened.vocab_size})})
+    find_checkpoint(config)
+    return config
+
+
+def write_config(config: Config) -> None:
+    """The resolved config into the run folder, where it can be read and run again."""
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / "config.yaml.new"
+    fresh.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    fresh.replace(folder / "config.yaml")
 
 
 def prepare_corpus(config: Config) -> None:

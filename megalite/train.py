@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 import megalite
 from megalite import hardware, models
@@ -93,25 +92,6 @@ def facts(config: Config, valid: dict[str, float]) -> dict[str, Any]:
         "world": dist.get_world_size(),
         "versions": {"megalite": megalite.__version__, "torch": torch.__version__},
     }
-
-
-def resolve(config: Config) -> Config:
-    """Fill in what the shards decide (the vocabulary), check what can be checked before ranks start."""
-    deepspeed_document(config)
-    opened = open_train(config.data, model=config.model, seed=config.run.seed)
-    open_valid(config.data, model=config.model)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"vocab": opened.vocab_size})})
-    find_checkpoint(config)
-    return config
-
-
-def write_config(config: Config) -> None:
-    """The resolved config into the run folder, where it can be read and run again."""
-    folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / "config.yaml.new"
-    fresh.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    fresh.replace(folder / "config.yaml")
 
 
 def start_mesh(config: Config, rank: int) -> Mesh:

@@ -1,8 +1,8 @@
 """What `megalite prepare` does per CPU-second, and the memory it takes, at two input sizes.
 
 In: the .py files of the running Python and of what is installed beside it. Out: a table. Not collected by pytest; run it with
-`python tests/bench_prepare.py [--megabytes 12,48] [--workers 2]`. Start-up (imports, starting workers, loading the tokenizer) is the time of
-preparing one short document, and is taken off.
+`python tests/bench_prepare.py [--megabytes 12,48] [--workers 2]`. Start-up (imports, starting a worker, loading the tokenizer)
+is the time of preparing one short document, and is taken off.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -179,7 +180,9 @@ def load_weights(path: Path, weights: dict[str, Tensor]) -> None:
     if missing:
         raise UserError(f"checkpoint {path} holds no {sorted(missing)[0]}; it is of another model")
     try:
-        dcp.load(state, storage_reader=Reader(path), no_dist=True)
+        with warnings.catch_warnings():  # that it runs in one process, which is what was asked
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(state, storage_reader=Reader(path), no_dist=True)
     except CheckpointException as error:
         raise UserError(f"checkpoint {path} cannot be read: {_first(error)}") from None
 

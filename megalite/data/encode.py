@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from megalite.data.inputs import BadLine, Document, Piece, Reading, documents
+from megalite.data.documents import BadLine, Document, documents
+from megalite.data.inputs import Piece, Reading
 from megalite.data.manifest import SPLITS, write_atomically
 from megalite.data.shards import token_dtype
 from megalite.data.tokenizer import Tokenizer, open_tokenizer
@@ -30,9 +31,9 @@ from megalite.errors import UserError
 
 BATCH = 1 << 18  # characters tokenized at once; tokenizers needs some hundred bytes of memory for each
 SLICE = 1 << 18  # longest text the tokenizer gets in one go
-CUTS = (re.compile(r"\w(?=\n)"), re.compile(r"\w(?=\s)"))  # as BREAKS in inputs.py
+CUTS = (re.compile(r"\w(?=\n)"), re.compile(r"\w(?=\s)"))  # as BREAKS in documents.py
 REPORTED = 10  # broken lines a part remembers; all are counted
-TERMINATOR = re.compile(r"[.!?…。！？؟।]")
+TERMINATOR = re.compile(r"[.!?…。！？؟।]")  # noqa: RUF001
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _encode_batch(batch: list[Document], recipe: Recipe, tokenizer: Tokenizer) -
 
 def split_sentences(text: str) -> Iterator[str]:
     """Sentences; a line end is always one."""
-    import sentencex
+    from sentencex import segment  # pyright: ignore[reportAttributeAccessIssue]
 
     for line in text.split("\n"):
         line = line.strip()
@@ -143,7 +144,7 @@ def split_sentences(text: str) -> Iterator[str]:
             if line:
                 yield line
         else:
-            yield from filter(None, map(str.strip, sentencex.segment("en", line)))
+            yield from filter(None, map(str.strip, segment("en", line)))
 
 
 def slices(text: str) -> Iterator[str]:
@@ -161,7 +162,7 @@ def slices(text: str) -> Iterator[str]:
 def write_part(path: Path, part: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **part)
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, buffer.getvalue())
 
 
 def read_part(path: Path) -> tuple[dict[str, Any], Callable[[str], np.ndarray]]:
@@ -184,7 +185,7 @@ def serve(connection: Connection, recipe: Recipe, folder: Path) -> None:
         try:
             part = encode_part(piece, recipe, tokenizer)
             write_part(part_path(folder, piece, key), part)
-            answer: Any = json.loads(part["summary"].tobytes())
+            answer: Any = json.loads(bytes(part["summary"]))
         except UserError as problem:
             answer = problem
         except Exception:
@@ -200,11 +201,13 @@ def encode_all(pieces: Iterable[tuple[int, Piece]], recipe: Recipe, folder: Path
     import multiprocessing
 
     spawn = multiprocessing.get_context("spawn")
-    pieces, free, busy = iter(pieces), [], {}
+    left = iter(pieces)
+    free: list[Connection] = []
+    busy: dict[Connection, int] = {}
     processes = []
     try:
         while True:
-            piece = next(pieces, None) if len(busy) < workers else None
+            piece = next(left, None) if len(busy) < workers else None
             if piece is not None:
                 if not free:
                     ours, theirs = spawn.Pipe()
@@ -219,7 +222,8 @@ def encode_all(pieces: Iterable[tuple[int, Piece]], recipe: Recipe, folder: Path
                 continue
             if not busy:
                 return
-            for connection in wait(list(busy)):
+            ready = wait(list(busy))
+            for connection in [c for c in busy if c in ready]:
                 try:
                     number, answer = connection.recv()
                 except (EOFError, ConnectionResetError):

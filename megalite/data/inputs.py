@@ -1,21 +1,18 @@
-"""Finds text and cuts it into pieces, and reads the documents of a piece.
+"""Finds text and cuts it into pieces.
 
 In: what the user named (files, folders, hf:NAME, stdlib). Out: `Piece`s of a few MB in a fixed order, whose cuts depend on the
-input alone, never on who reads them; `documents(piece)` then yields texts and the lines that are broken. What can be read from the
-middle (text, jsonl, parquet) is cut by position and read by whoever works on it; what cannot (gzip, zstd, Hugging Face streams) is
-cut while it streams by, and its pieces carry their lines.
+input alone, never on who reads them. What can be read from the middle (text, jsonl, parquet) is cut by position and read by whoever
+works on it (`documents.py`); what cannot (gzip, zstd, Hugging Face streams) is cut while it streams by, and its pieces carry their lines.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +20,10 @@ from megalite.errors import UserError
 
 GROUP = 32 << 20  # bytes of a parquet piece: reading the middle of a row group means decoding its beginning
 SMALLEST, LARGEST = 1 << 20, 16 << 20  # a piece in bytes
-HEAD = 1 << 16  # a document's first bytes name it
 TEXT = (".txt", ".text", ".md", ".rst", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 FOLDER = (".txt", *LINES, ".parquet")  # what a folder contributes: not the README beside the data
 NOT_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-# Where a text file may be cut, the best first. No tokenizer here joins a letter with a line end or a space behind it, so cutting a long
-# document there changes no token.
-BREAKS = {
-    "line": (re.compile(rb"\n"),),
-    "blank-line": (re.compile(rb"\n[ \t\r]*\n"),),
-    "file": (re.compile(rb"[A-Za-z0-9](?=\n)"), re.compile(rb"[A-Za-z0-9](?= )")),
-}
 
 
 @dataclass(frozen=True)
@@ -59,27 +48,6 @@ class Piece:
     def key(self) -> str:
         parts = [self.kind, *self.paths, self.identity, self.start, self.stop, self.group, self.first_line]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, or a part of one too long to hold."""
-
-    text: str
-    head: bytes
-    """The beginning of the whole document."""
-    first: bool = True
-    """It begins here."""
-    last: bool = True
-    """It ends here."""
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """A line (or a file) that holds no text, and why."""
-
-    where: str
-    why: str
 
 
 @dataclass(frozen=True)
@@ -141,14 +109,17 @@ def cut(files: Iterable[Path | str], reading: Reading) -> Iterator[Piece]:
     together: list[Path] = []
     size = 0
     for file in files:
-        small = isinstance(file, Path) and file.name.endswith(TEXT) and reading.documents == "file" and file.stat().st_size <= reading.piece
-        if together and (not small or size + file.stat().st_size > reading.piece):
+        if isinstance(file, Path) and file.name.endswith(TEXT) and reading.documents == "file" and _stamp(file)[0] <= reading.piece:
+            if together and size + _stamp(file)[0] > reading.piece:
+                yield _texts(together)
+                together, size = [], 0
+            together.append(file)
+            size += _stamp(file)[0]
+            continue
+        if together:
             yield _texts(together)
             together, size = [], 0
-        if small:
-            together.append(file)
-            size += file.stat().st_size
-        elif isinstance(file, str):
+        if isinstance(file, str):
             yield from _stream(file, _hugging_face(file, reading.text_key), f"{file} row ", reading.piece)
         elif file.name.endswith((".gz", ".zst")):
             yield from _stream(str(file), _inflate(file), f"{file}:", reading.piece)
@@ -254,135 +225,6 @@ def _hugging_face(name: str, text_key: str) -> Iterator[tuple[bytes, int]]:
         raise
     except Exception as problem:  # datasets, its file systems and the network raise what they like
         reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise UserError(f"{name} cannot be read ({reason}); check name, config and split (hf:NAME[:CONFIG][:SPLIT]) and the network") from None
-
-
-def documents(piece: Piece, reading: Reading) -> Iterator[Document | BadLine]:
-    """The texts of a piece in order."""
-    if piece.kind == "texts":
-        for path in piece.paths:
-            yield _document(Path(path).read_bytes(), path)
-    elif piece.kind == "rows":
-        yield from _rows(piece, reading.text_key)
-    elif piece.kind == "lines":
-        yield from _lines(piece, reading.text_key)
-    else:
-        yield from _parts(piece, reading.documents)
-
-
-def _document(data: bytes, path: str, *, offset: int = 0) -> Document | BadLine:
-    """The text that begins at this byte of a file."""
-    try:
-        text = data.decode("utf-8" if offset else "utf-8-sig")
-    except UnicodeDecodeError as problem:
-        line = line_number(path, offset + problem.start)
-        return BadLine(f"{path}:{line}", f"no UTF-8 (byte 0x{data[problem.start]:02x})")
-    return Document(text, data[:HEAD])
-
-
-def _rows(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = 0
-    try:
-        with pq.ParquetFile(piece.paths[0]) as parquet:
-            for batch in parquet.iter_batches(batch_size=256, row_groups=[piece.group], columns=[text_key]):
-                for at in range(max(row, piece.start), min(row + len(batch), piece.stop)):
-                    text = batch.column(0)[at - row].as_py()
-                    where = f"{piece.paths[0]} row {at} of group {piece.group}"
-                    yield BadLine(where, f'"{text_key}" is null') if text is None else Document(text, text.encode()[:HEAD])
-                row += len(batch)
-                if row >= piece.stop:
-                    return
-    except UnicodeDecodeError as problem:
-        raise UserError(f"{piece.paths[0]} row group {piece.group} holds text that is no UTF-8 ({problem.reason}); write it again") from None
-    except (pa.ArrowException, OSError) as problem:
-        raise UserError(f"{piece.paths[0]} is damaged in row group {piece.group} ({problem}); copy it again") from None
-
-
-def _lines(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
-    """A piece owns the lines that begin in it."""
-    if piece.data is not None:
-        place = piece.paths[1]
-        for at, line in enumerate(piece.data.split(b"\n"), piece.first_line):
-            if line.strip():
-                yield _json(line, text_key, f"{place}{at}")
-        return
-    path = piece.paths[0]
-    with Path(path).open("rb") as file:
-        at = piece.start
-        if at:
-            file.seek(at - 1)
-            at += len(file.readline()) - 1  # the end of the line before
-        while at < piece.stop and (line := file.readline()):
-            if line.strip():
-                found = _json(line, text_key, path)
-                yield BadLine(f"{path}:{line_number(path, at)}", found.why) if isinstance(found, BadLine) else found
-            at += len(line)
-
-
-def line_number(path: str, offset: int) -> int:
-    """The line that holds this byte, counted from 1."""
-    count, left = 1, offset
-    with Path(path).open("rb") as file:
-        while left and (block := file.read(min(left, 1 << 20))):
-            count += block.count(b"\n")
-            left -= len(block)
-    return count
-
-
-def _json(line: bytes, text_key: str, where: str) -> Document | BadLine:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as problem:
-        return BadLine(where, f"no UTF-8 (byte 0x{line[problem.start]:02x})")
-    except ValueError as problem:
-        return BadLine(where, f"no JSON ({problem})")
-    except RecursionError:
-        return BadLine(where, "JSON nested too deep")
-    if not isinstance(row, dict) or text_key not in row:
-        return BadLine(where, f'no "{text_key}" (it has {", ".join(map(str, row)) or "nothing"}; --text-key)' if isinstance(row, dict) else "no JSON object")
-    if not isinstance(row[text_key], str):
-        return BadLine(where, f'"{text_key}" is {type(row[text_key]).__name__}, no text')
-    try:
-        return Document(row[text_key], row[text_key].encode()[:HEAD])
-    except UnicodeEncodeError:
-        return BadLine(where, f'"{text_key}" holds half a surrogate pair')
-
-
-def _parts(piece: Piece, separator: str) -> Iterator[Document | BadLine]:
-    """A byte range of a text file, from the first break after its start to the first after its stop."""
-    path = Path(piece.paths[0])
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start, stop = (_break_after(file, at, size, BREAKS[separator]) for at in (piece.start, piece.stop))
-        head = file.read(HEAD) if not file.seek(0) else b""
-        file.seek(start)
-        data = file.read(stop - start)
-    if not data:
-        return
-    if separator == "file":
-        found = _document(data, str(path), offset=start)
-        if isinstance(found, BadLine):
-            yield found
-            found = Document("", head)  # what came before still needs its end
-        yield replace(found, head=head, first=start == 0, last=stop == size)
-        return
-    at = 0
-    for found in chain(BREAKS[separator][0].finditer(data), [None]):
-        end = found.end() if found else len(data)
-        if data[at:end].strip():
-            yield _document(data[at:end].strip(b"\r\n"), str(path), offset=start + at)
-        at = end
-
-
-def _break_after(file: Any, at: int, size: int, patterns: tuple[re.Pattern[bytes], ...]) -> int:
-    """Where the first break after `at` lies; both neighbours of a cut find the same. Without one nearby, a letter's beginning."""
-    if at in (0, size):
-        return at
-    file.seek(at - 1)
-    window = file.read(SMALLEST)
-    if found := next(filter(None, (pattern.search(window) for pattern in patterns)), None):
-        return at - 1 + found.end()
-    return min(size, at + next(i for i, byte in enumerate(window[1:5] + b"\0") if byte & 0xC0 != 0x80))
+        raise UserError(
+            f"{name} cannot be read ({reason}); check name, config and split (hf:NAME[:CONFIG][:SPLIT]) and the network"
+        ) from None

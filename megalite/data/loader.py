@@ -106,7 +106,9 @@ def open_train(data: Data, *, model: Model, seed: int) -> Opened:
     tokenizer, vocab_size = _agree(shards, data, model)
     datasets = [_dataset(shard, tokenizer, vocab_size, data=data, model=model, seed=seed + place) for place, shard in enumerate(shards)]
     if None in weights and any(weights):
-        raise UserError(f"data.train = {' '.join(data.train)} gives a weight to some shards only; give one to all (PREFIX=WEIGHT) or to none")
+        raise UserError(
+            f"data.train = {' '.join(data.train)} gives a weight to some shards only; give one to all (PREFIX=WEIGHT) or to none"
+        )
     shares = [weight or len(dataset) for weight, dataset in zip(weights, datasets, strict=True)]  # without weights: by size
     return Opened(Mixture(datasets, weights=shares, seed=seed), tokenizer, vocab_size, shards)
 
@@ -165,7 +167,9 @@ def _agree(shards: tuple[Shard, ...], data: Data, model: Model) -> tuple[Tokeniz
     if size is None:
         raise UserError(f"{shards[0].prefix} names no tokenizer (Megatron's files do not); set data.tokenizer or model.vocab")
     if tokenizer and tokenizer.vocab_size > size:
-        raise UserError(f"model.vocab = {size} is smaller than the tokenizer's vocabulary of {tokenizer.vocab_size}; leave model.vocab out or raise it")
+        raise UserError(
+            f"model.vocab = {size} is smaller than the tokenizer's vocabulary of {tokenizer.vocab_size}; leave model.vocab out or raise it"
+        )
     return tokenizer, size
 
 

@@ -37,7 +37,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 class Manifest(BaseModel):
@@ -74,17 +74,9 @@ class Manifest(BaseModel):
         try:
             return cls.model_validate(json.loads(path.read_bytes()))
         except (ValueError, ValidationError) as problem:
-            raise UserError(f"{path} is no manifest of `megalite prepare` ({str(problem).splitlines()[0]}); prepare the corpus again") from None
+            raise UserError(
+                f"{path} is no manifest of `megalite prepare` ({str(problem).splitlines()[0]}); prepare the corpus again"
+            ) from None
 
     def save(self, prefix: str | Path) -> None:
         write_atomically(self.path(prefix), json.dumps(self.model_dump(), indent=2).encode() + b"\n")
-
-
-def output_of(prefix: str | Path) -> str:
-    """corpus.train -> corpus: the --output that a split belongs to."""
-    name = str(prefix)
-    return name.rsplit(".", 1)[0] if name.rsplit(".", 1)[-1] in SPLITS else name
-
-
-def prepare_line(prefix: str | Path) -> str:
-    return f"megalite prepare INPUT... --output {output_of(prefix)} --tokenizer NAME|FILE|train:bpe"

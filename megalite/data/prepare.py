@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from megalite import __version__
+from megalite.data.documents import BadLine, documents
 from megalite.data.encode import REPORTED, Recipe, encode_all, part_path, read_part, split_of
-from megalite.data.inputs import BadLine, Piece, Reading, cut, documents, find_files, inventory, piece_size
+from megalite.data.inputs import Piece, Reading, cut, find_files, inventory, piece_size
 from megalite.data.manifest import SPLITS, Manifest
 from megalite.data.shards import Shard, Writer
 from megalite.data.tokenizer import TRAINED, Tokenizer, open_tokenizer, train_tokenizer
@@ -41,7 +42,7 @@ class Preparation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     inputs: tuple[str, ...]
-    """Files (.txt .py .md .jsonl .jsonl.gz .jsonl.zst .parquet), folders of them, hf:NAME[:CONFIG][:SPLIT], or stdlib: Python's own library."""
+    """Files (.txt .py .md .jsonl .jsonl.gz .jsonl.zst .parquet), folders, hf:NAME[:CONFIG][:SPLIT], or stdlib: Python's own library."""
     output: str
     """Prefix of what is written: OUTPUT.train.bin and so on."""
     tokenizer: str
@@ -99,13 +100,17 @@ def _check(p: Preparation) -> None:
     if not p.inputs:
         raise UserError("megalite prepare got no input; name files, folders, hf:NAME[:CONFIG][:SPLIT] or stdlib")
     if min(p.splits) < 0 or abs(sum(p.splits) - 1) > 1e-6:
-        raise UserError(f"--splits {','.join(map(str, p.splits))} sum to {sum(p.splits):g}, shares must sum to 1; for instance 0.98,0.01,0.01")
+        raise UserError(
+            f"--splits {','.join(map(str, p.splits))} sum to {sum(p.splits):g}, shares must sum to 1; for instance 0.98,0.01,0.01"
+        )
     if p.splits[0] == 0:
         raise UserError("--splits gives 0 to training; the first share must be above 0")
     if p.tokenizer.startswith("train:") and p.tokenizer not in TRAINED:
         raise UserError(f"--tokenizer {p.tokenizer} is not one of {', '.join(TRAINED)}; choose one, or give a file")
     if p.vocab_size is not None and p.tokenizer not in TRAINED:
-        raise UserError(f"--vocab-size {p.vocab_size} is for a tokenizer trained here, but --tokenizer {p.tokenizer} has its own; leave it out")
+        raise UserError(
+            f"--vocab-size {p.vocab_size} is for a tokenizer trained here, but --tokenizer {p.tokenizer} has its own; leave it out"
+        )
     if p.vocab_size is not None and p.vocab_size < 16:
         raise UserError(f"--vocab-size {p.vocab_size} is too small for any tokenizer; choose some thousands")
     if p.workers is not None and p.workers < 1:
@@ -157,7 +162,7 @@ def _recipe(p: Preparation, reading: Reading, tokenizer: Tokenizer, folder: Path
     sentences = "mask" in tokenizer.special if p.split_sentences is None else p.split_sentences
     if not sentences and "eos" not in tokenizer.special:
         raise UserError(
-            f"tokenizer {p.tokenizer} has no end-of-text token to put after a document; pass --split-sentences for BERT, or another --tokenizer"
+            f"tokenizer {p.tokenizer} has no end-of-text token to end a document with; pass --split-sentences (BERT) or another --tokenizer"
         )
     tokenizer.save(folder / "tokenizer")
     return Recipe(reading, sentences, p.splits, p.seed, str(folder / "tokenizer"), tokenizer.fingerprint)
@@ -261,7 +266,7 @@ def _assemble(p: Preparation, parts: list[Path], recipe: Recipe, tokenizer: Toke
         if not writers["train"].num_documents:
             held = ", ".join(f"{split} {writer.num_documents}" for split, writer in writers.items())
             raise UserError(
-                f"the training split is empty (documents: {held}); give more documents, --documents line or blank-line for text files, "
+                f"the training split is empty (documents: {held}); give more documents, --documents line or blank-line, "
                 "another --seed, or --splits 1,0,0"
             )
         Manifest.path(p.output).unlink(missing_ok=True)  # from here to the end, OUTPUT.parts without a manifest says: unfinished
@@ -295,7 +300,13 @@ class _Bar:
 
     def __init__(self, console: Console, title: str, total: int) -> None:
         self._console, self._title, self._total, self._done, self._said = console, title, total, 0, time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=console, transient=True) if console.is_terminal else None
         self._began = time.monotonic()
 

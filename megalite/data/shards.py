@@ -168,9 +168,9 @@ class Writer:
         lengths = np.array([len(tokens)]) if lengths is None else lengths
         ends = np.array([len(lengths)]) if ends is None else ends
         assert int(lengths.sum()) == len(tokens), "lengths do not cover the tokens"
-        self._files["bin"].write(np.ascontiguousarray(tokens, self.dtype))
-        self._files["lengths"].write(np.ascontiguousarray(lengths, "<i4"))
-        self._files["documents"].write((ends + self.num_sequences).astype("<i8"))
+        self._files["bin"].write(tokens.astype(self.dtype).tobytes())
+        self._files["lengths"].write(lengths.astype("<i4").tobytes())
+        self._files["documents"].write((ends + self.num_sequences).astype("<i8").tobytes())
         self.num_tokens += len(tokens)
         self.num_sequences += len(lengths)
         self.num_documents += len(ends)
@@ -180,16 +180,16 @@ class Writer:
         code = next(code for code, name in CODES.items() if np.dtype(name) == self.dtype)
         index.write(HEADER.pack(MAGIC, VERSION, code, self.num_sequences, self.num_documents + 1))
         for chunk in _chunks(lengths, "<i4"):
-            index.write(chunk)
+            index.write(chunk.tobytes())
         offset = 0
         for chunk in _chunks(lengths, "<i4"):
             ends = offset + np.cumsum(chunk, dtype=np.int64) * self.dtype.itemsize
-            index.write(np.concatenate(([offset], ends[:-1])).astype("<i8"))
+            index.write(np.concatenate(([offset], ends[:-1])).astype("<i8").tobytes())
             offset = int(ends[-1])
         index.write(struct.pack("<q", 0))
         boundary = 0
         for chunk in _chunks(documents, "<i8"):
-            index.write(chunk)
+            index.write(chunk.tobytes())
             boundary = int(chunk[-1])
         assert boundary == self.num_sequences, "the last document was left open"
         for part in ("bin", "idx"):
@@ -198,7 +198,7 @@ class Writer:
         # The old index goes first and the new one comes last: at no time does an index lie beside a foreign .bin.
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         for part in ("bin", "idx"):
-            os.replace(self._paths[part], f"{self.prefix}.{part}")
+            self._paths[part].replace(f"{self.prefix}.{part}")
         self.discard()
         _sync_folder(self._paths["bin"].parent)
 

@@ -14,7 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ ROLES = {  # spellings tried where no tokenizer_config.json says which token doe
     "unk": ("[UNK]", "<unk>"),
 }
 TRAINED = ("train:bpe", "train:wordpiece", "train:unigram")
-PROBE = "Probe 0123  two spaces\n\tTab, Ünïcödé ＡＢ 日本語 don't CamelCase_snake-case 1e-5 🙂 \u00a0end"
+PROBE = "Probe 0123  two spaces\n\tTab, Ünïcödé ＡＢ 日本語 don't CamelCase_snake-case 1e-5 🙂 \u00a0end"  # noqa: RUF001
 
 
 class Tokenizer:
@@ -78,7 +78,7 @@ class Tokenizer:
     def _encode_broken(self, text: str) -> list[int]:
         """Encode a text that spells a special token: cut after the spelling's first character, so that it cannot match."""
         cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(text)), len(text)]
-        parts = self._encode([text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)])
+        parts = self._encode([text[a:b] for a, b in pairwise(cuts)])
         return [i for i in chain.from_iterable(parts) if not self._forbidden[i]]  # a normaliser may still have made one: drop it
 
     def word_starts(self, ids: np.ndarray) -> np.ndarray:
@@ -101,7 +101,7 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Names the vocabulary and what is done to text, independent of library versions and of how the file is laid out."""
-        probe = np.concatenate(self.encode_batch(PROBE.split(" ") + [PROBE])).tolist()
+        probe = np.concatenate(self.encode_batch([*PROBE.split(" "), PROBE])).tolist()
         content = json.dumps([list(self._pieces), sorted(self.special.items()), self._rules(), probe])
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -138,7 +138,7 @@ class HuggingFace(Tokenizer):
     file = "tokenizer.json"
 
     def __init__(self, backend: tokenizers.Tokenizer, spelled: dict[str, str]) -> None:
-        ids = {piece: i for piece, i in backend.get_vocab(with_added_tokens=True).items()}
+        ids = backend.get_vocab(with_added_tokens=True)
         special = {role: ids[piece] for role, piece in spelled.items() if piece in ids}
         backend.no_truncation()
         backend.no_padding()
@@ -209,11 +209,13 @@ def stored_tokenizer(prefix: str | Path) -> Tokenizer | None:
     """The tokenizer beside these shards, checked against their manifest; None for files that Megatron made."""
     manifest, folder = Manifest.find(prefix), Path(f"{output_of(prefix)}.tokenizer")
     if not folder.is_dir():
+        if manifest is not None:
+            raise UserError(f"tokenizer {folder} is missing beside its shards; copy it there too, or prepare the corpus again")
         return None
     tokenizer = open_tokenizer(folder)
     if manifest is not None and manifest.tokenizer != tokenizer.fingerprint:
         raise UserError(
-            f"tokenizer {folder} has fingerprint {tokenizer.fingerprint[:12]}, the shards {prefix} were made with {manifest.tokenizer[:12]}; "
+            f"tokenizer {folder} has fingerprint {tokenizer.fingerprint[:12]}, {prefix} was made with {manifest.tokenizer[:12]}; "
             "put the old folder back or prepare the corpus again"
         )
     return tokenizer
@@ -241,7 +243,9 @@ def _open_by_name(name: str) -> Tokenizer:
         found = AutoTokenizer.from_pretrained(name, use_fast=True)
     except Exception as problem:
         reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise UserError(f"tokenizer {name} is no file, and Hugging Face gives none of that name ({reason}); give a file, or train:bpe") from None
+        raise UserError(
+            f"tokenizer {name} is no file, and Hugging Face gives none of that name ({reason}); give a file, or train:bpe"
+        ) from None
     if not getattr(found, "is_fast", False):
         raise UserError(f"tokenizer {name} has no fast version; give its tokenizer.json or .model file")
     spelled = {role: getattr(found, f"{role}_token", None) for role in ROLES}
@@ -282,7 +286,9 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     fast.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 1:
-        raise UserError(f"--vocab-size {vocab_size} is below the 256 bytes and <|endoftext|> of byte-level BPE; choose {len(alphabet) + 1} or more")
+        raise UserError(
+            f"--vocab-size {vocab_size} is below the 256 bytes and <|endoftext|> of byte-level BPE; choose {len(alphabet) + 1} or more"
+        )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False, max_token_length=32
     )
@@ -339,5 +345,7 @@ def _train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             num_threads=4, hard_vocab_limit=False, input_sentence_size=2_000_000, shuffle_input_sentence=False, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as problem:
-        raise UserError(f"--tokenizer train:unigram with --vocab-size {vocab_size} failed ({problem}); choose another size or more text") from None
+        raise UserError(
+            f"--tokenizer train:unigram with --vocab-size {vocab_size} failed ({problem}); choose another size or more text"
+        ) from None
     return SentencePiece(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), {"eos": "<|endoftext|>"})

@@ -198,8 +198,8 @@ class Zero:
             return
         coordinator = self._coordinator()
         prefix = "_PartitionedParameterCoordinator__"
+        coordinator.reset_step()  # ends the recording of the step before, if there was one
         kept = {name: getattr(coordinator, prefix + name) for name in ("trace_mode", "submodule_order", "param_order")}
-        coordinator.reset_step()
         setattr(coordinator, prefix + "trace_mode", zero_coordinator.ZeRoTraceMode.INVALID)
         coordinator._clear_trace_structures()
         try:

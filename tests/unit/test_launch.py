@@ -133,6 +133,15 @@ def test_no_rank_batch_script_without_srun_and_single_task_stand_alone(stands_al
     assert launch.find_place(stands_alone) is None
 
 
+def test_one_process_speaks_for_a_run(monkeypatch):
+    assert launch.is_rank_zero()
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    assert not launch.is_rank_zero()
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert launch.is_rank_zero()
+
+
 @pytest.mark.parametrize(
     ("nodelist", "first"), [("n1", "n1"), ("a,b[1-2]", "a"), ("n[001-100,200]-ib", "n001-ib"), ("r[1-2]n[3-4],x", "r1n3"), ("a-1,b", "a-1")]
 )

@@ -30,12 +30,16 @@ def test_window_k_begins_at_token_k_times_s_and_labels_are_the_next_tokens(shard
 
 def test_the_last_label_needs_a_token_of_its_own(shard):
     assert len(Causal(shard, sequence=100, vocab_size=200)) == 1
-    with pytest.raises(UserError, match=r"holds 101 tokens, one sample needs data.sequence \+ 1 = 102; lower data.sequence or prepare more text"):
+    with pytest.raises(
+        UserError, match=r"holds 101 tokens, one sample needs data.sequence \+ 1 = 102; lower data.sequence or prepare more text"
+    ):
         Causal(shard, sequence=101, vocab_size=200)
 
 
 def test_an_id_beyond_the_vocabulary_is_refused(shard):
     windows = Causal(shard, sequence=10, vocab_size=100)
     windows.sample(8, 0)
-    with pytest.raises(UserError, match=r"holds token id 100, the vocabulary has 100; set data.tokenizer to the tokenizer of the shard, or raise"):
+    with pytest.raises(
+        UserError, match=r"holds token id 100, the vocabulary has 100; set data.tokenizer to the tokenizer of the shard, or raise"
+    ):
         windows.sample(9, 0)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from megalite.data.documents import BadLine, Document, documents
 from megalite.data.encode import SLICE, slices, split_sentences
-from megalite.data.inputs import BadLine, Document, Reading, cut, documents, find_files
+from megalite.data.inputs import Reading, cut, find_files
 from megalite.errors import UserError
 
 SMALL = Reading(piece=10_000)
@@ -42,6 +43,13 @@ def test_every_kind_of_file_gives_the_same_documents(corpus, texts, tmp_path):
         assert read(file) == texts, file
 
 
+def test_a_line_that_begins_where_a_piece_ends_is_read_once(tmp_path):
+    lines = [f'{{"text": "{i:03}"}}\n' for i in range(200)]
+    (tmp_path / "even.jsonl").write_text("".join(lines))
+    for size in (len(lines[0]) * 10, len(lines[0]) * 10 + 1, len(lines[0]) * 10 - 1):
+        assert read(tmp_path / "even.jsonl", Reading(piece=size)) == [f"{i:03}" for i in range(200)]
+
+
 def test_rows_of_a_large_row_group_are_read_in_pieces(texts, tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -57,7 +65,7 @@ def test_a_hugging_face_data_set_is_streamed(texts, tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[50:60]))
     assert read(f"hf:{tmp_path}") == texts[:50]
     assert read(f"hf:{tmp_path}:test") == texts[50:60]
-    with pytest.raises(UserError, match="nowhere::train cannot be read .*check name, config and split"):
+    with pytest.raises(UserError, match=r"nowhere::train cannot be read .*check name, config and split"):
         read(f"hf:{tmp_path}/nowhere::train")
 
 
@@ -112,7 +120,7 @@ def test_broken_lines_are_named_by_file_and_line(tmp_path):
 
 
 def test_text_that_is_no_utf8_is_named_by_line(tmp_path):
-    (tmp_path / "latin.txt").write_bytes("eins\nzwei\n".encode() + "drei für\n".encode("latin-1") * 3)
+    (tmp_path / "latin.txt").write_bytes(b"eins\nzwei\n" + "drei für\n".encode("latin-1") * 3)
     assert bad(tmp_path / "latin.txt") == [f"{tmp_path}/latin.txt:3: no UTF-8 (byte 0xfc)"]
     (tmp_path / "long.txt").write_bytes(b"line\n" * 5000 + b"\xfc\n" + b"line\n" * 5000)
     assert bad(tmp_path / "long.txt") == [f"{tmp_path}/long.txt:5001: no UTF-8 (byte 0xfc)"]
@@ -123,7 +131,9 @@ def test_compressed_files_that_were_cut_short_are_refused(corpus, tmp_path, name
     data = corpus.read_bytes()
     packed = gzip.compress(data) if name.endswith("gz") else zstandard.ZstdCompressor(write_checksum=True).compress(data)
     (tmp_path / name).write_bytes(packed[:-100])
-    with pytest.raises(UserError, match=rf"{name} ends in the middle of its compressed data after {len(packed) - 100} bytes; copy it again"):
+    with pytest.raises(
+        UserError, match=rf"{name} ends in the middle of its compressed data after {len(packed) - 100} bytes; copy it again"
+    ):
         read(tmp_path / name)
     (tmp_path / name).write_bytes(packed[:1000] + b"damage" + packed[1006:])
     with pytest.raises(UserError, match=rf"{name} (is damaged|ends in the middle)"):

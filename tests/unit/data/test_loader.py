@@ -43,7 +43,14 @@ def shards(corpus, bpe, wordpiece, tmp_path_factory) -> Path:
     few = folder / "few.jsonl"
     few.write_bytes(b"".join(corpus.read_bytes().splitlines(keepends=True)[:120]))
     for name, tokenizer, extra in (("gpt", bpe, {}), ("bert", wordpiece, {}), ("other", "train:bpe", {"vocab_size": 500})):
-        settings = {"inputs": (str(few),), "output": f"{folder}/{name}", "tokenizer": tokenizer, "splits": (0.8, 0.2, 0.0), "workers": 1, **extra}
+        settings = {
+            "inputs": (str(few),),
+            "output": f"{folder}/{name}",
+            "tokenizer": tokenizer,
+            "splits": (0.8, 0.2, 0.0),
+            "workers": 1,
+            **extra,
+        }
         prepare(Preparation(**settings), console=Console(file=io.StringIO()))
     for ending in ("bin", "idx"):
         (folder / f"megatron_text_document.{ending}").write_bytes(Path(f"{folder}/gpt.train.{ending}").read_bytes())
@@ -134,7 +141,10 @@ def test_a_prefix_stands_for_its_training_split_and_validation_lies_beside_it(sh
     assert train.vocab_size == train.tokenizer.vocab_size == 800
     stream = Shard(f"{shards}/gpt.valid").tokens(0, 65).tolist()
     assert valid.source.sample(1)["ids"].tolist() == stream[32:64]
-    assert open_train(Data(train=(f"{shards}/gpt.train",)), model=GPT, seed=1).source.sample(9)["ids"].tolist() == train.source.sample(9)["ids"].tolist()
+    assert (
+        open_train(Data(train=(f"{shards}/gpt.train",)), model=GPT, seed=1).source.sample(9)["ids"].tolist()
+        == train.source.sample(9)["ids"].tolist()
+    )
 
 
 def test_without_a_validation_split_there_is_no_validation(shards):
@@ -195,13 +205,33 @@ def test_shards_of_megatron_take_the_tokenizer_that_is_given(shards):
         ({"train": ("S/gpt=0",)}, {}, r"data.train = S/gpt=0: weight 0 is no number above 0; write PREFIX=WEIGHT, for instance S/gpt=0.5"),
         ({"train": ("S/gpt=half",)}, {}, r"weight half is no number above 0"),
         ({"train": ("S/gpt=1", "S/gpt.valid")}, {}, r"gives a weight to some shards only; give one to all"),
-        ({"train": ("S/gpt", "S/other")}, {}, r"S/other.train was made with tokenizer \w+, S/gpt.train has \w+; prepare all shards with one"),
-        ({"train": ("S/gpt",), "tokenizer": "S/other.tokenizer"}, {}, r"S/gpt.train was made with tokenizer \w+, data.tokenizer = S/other.tokenizer has"),
-        ({"train": ("S/megatron_text_document",)}, {}, r"names no tokenizer \(Megatron's files do not\); set data.tokenizer or model.vocab"),
+        (
+            {"train": ("S/gpt", "S/other")},
+            {},
+            r"S/other.train was made with tokenizer \w+, S/gpt.train has \w+; prepare all shards with one",
+        ),
+        (
+            {"train": ("S/gpt",), "tokenizer": "S/other.tokenizer"},
+            {},
+            r"S/gpt.train was made with tokenizer \w+, data.tokenizer = S/other.tokenizer has",
+        ),
+        (
+            {"train": ("S/megatron_text_document",)},
+            {},
+            r"names no tokenizer \(Megatron's files do not\); set data.tokenizer or model.vocab",
+        ),
         ({"train": ("S/gpt",)}, {"vocab": 799}, r"model.vocab = 799 is smaller than the tokenizer's vocabulary of 800"),
-        ({"train": ("S/gpt",), "sequence": 33}, {}, r"data.sequence = 33 is longer than model.sequence = 32; lower it or raise model.sequence"),
+        (
+            {"train": ("S/gpt",), "sequence": 33},
+            {},
+            r"data.sequence = 33 is longer than model.sequence = 32; lower it or raise model.sequence",
+        ),
         ({"train": ("S/gpt",)}, {"family": "bert", "activation": "gelu"}, r"needs the special tokens pad, cls, sep, mask"),
-        ({"train": ("S/megatron_text_document",)}, {"family": "bert", "vocab": 900}, r"bert needs the tokenizer of S/megatron_text_document to mask"),
+        (
+            {"train": ("S/megatron_text_document",)},
+            {"family": "bert", "vocab": 900},
+            r"bert needs the tokenizer of S/megatron_text_document to mask",
+        ),
     ],
 )
 def test_data_that_does_not_fit_is_refused(shards, data, model, message, monkeypatch):
@@ -223,6 +253,6 @@ def test_opening_and_sampling_take_no_time_however_many_sentences_there_are(tmp_
         writer.add(np.full(count, 100), lengths=np.ones(count, np.int64), ends=np.arange(3, count + 1, 3))
     began = time.process_time()
     opened = open_train(Data(train=(f"{tmp_path}/large",), tokenizer=wordpiece), model=BERT, seed=0)
-    for number in range(300):
+    for number in range(600):
         opened.source.sample(number + 10**12)
-    assert time.process_time() - began < 2  # one look at the whole index a sample would take 10
+    assert time.process_time() - began < 1.5  # one look at the whole index a sample would take twice that

@@ -148,14 +148,18 @@ def test_shards_without_sentences_are_refused(tmp_path):
     with Writer(tmp_path / "gpt", vocab_size=100) as writer:
         for _ in range(5):
             writer.add(np.arange(10, 90))
-    with pytest.raises(UserError, match=r"holds 5 documents and 5 sequences; BERT needs two documents or more, cut into sentences; .*--split-sentences"):
+    with pytest.raises(
+        UserError, match=r"holds 5 documents and 5 sequences; BERT needs two documents or more, cut into sentences; .*--split-sentences"
+    ):
         dataset(tmp_path / "gpt")
 
 
 def test_a_tokenizer_without_a_mask_is_refused(prefix):
     vocabulary = Words()
     vocabulary.special = {"eos": 0, "pad": 1}
-    with pytest.raises(UserError, match=r"needs the special tokens pad, cls, sep, mask, the tokenizer of .* has no cls, sep, mask; prepare"):
+    with pytest.raises(
+        UserError, match=r"needs the special tokens pad, cls, sep, mask, the tokenizer of .* has no cls, sep, mask; prepare"
+    ):
         Masked(Shard(prefix), vocabulary, sequence=64, seed=0, mask_fraction=0.15, whole_word=False)
 
 

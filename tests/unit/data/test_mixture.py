@@ -102,7 +102,14 @@ def test_epochs_data_sets_and_seeds_have_their_own_order():
 def test_the_order_is_the_one_of_earlier_versions():
     """A resumed run must go on with the same samples: these numbers may never change."""
     mixture = Mixture([Numbers(0, 1000), Numbers(1, 10)], weights=[0.7, 0.3], seed=1234)
-    assert [mixture.locate(n) for n in (0, 1, 2, 3, 1000, 123456)] == [(0, 0, 998), (1, 0, 9), (0, 0, 132), (0, 0, 462), (0, 0, 246), (0, 86, 113)]
+    assert [mixture.locate(n) for n in (0, 1, 2, 3, 1000, 123456)] == [
+        (0, 0, 998),
+        (1, 0, 9),
+        (0, 0, 132),
+        (0, 0, 462),
+        (0, 0, 246),
+        (0, 86, 113),
+    ]
 
 
 @pytest.mark.parametrize("number", [0, 3, 7, 23])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import numpy as np
 import psutil
 import pytest
 from rich.console import Console
-
 
 from megalite.data import prepare as module
 from megalite.data.encode import Recipe, encode_part, split_of, split_sentences
@@ -38,7 +38,9 @@ if __name__ == "__main__":
 def run(*inputs: object, output: Path, tokenizer: str, **settings) -> tuple[Manifest, str]:
     """The manifest, and what was printed."""
     said = io.StringIO()
-    preparation = Preparation(inputs=tuple(map(str, inputs)), output=str(output), tokenizer=tokenizer, **{"workers": 1, "splits": SHARES, **settings})
+    preparation = Preparation(
+        inputs=tuple(map(str, inputs)), output=str(output), tokenizer=tokenizer, **{"workers": 1, "splits": SHARES, **settings}
+    )
     return prepare(preparation, console=Console(file=said, soft_wrap=True)), said.getvalue()
 
 
@@ -182,7 +184,7 @@ def test_broken_lines_are_refused_or_skipped_by_choice(texts, bpe, tmp_path):
     lines[7], lines[19] = '{"text": "cut', '{"other": 1}'
     source = tmp_path / "broken.jsonl"
     source.write_text("\n".join(lines))
-    message = rf"broken.jsonl:8: no JSON \(.*\) \(and 1 more broken lines there\); mend it, or leave such lines out with --bad-lines skip"
+    message = r"broken.jsonl:8: no JSON \(.*\) \(and 1 more broken lines there\); mend it, or leave such lines out with --bad-lines skip"
     with pytest.raises(UserError, match=message):
         run(source, output=tmp_path / "out", tokenizer=bpe)
     assert not Path(f"{tmp_path}/out.train.idx").exists()
@@ -233,7 +235,9 @@ def test_a_corpus_too_small_for_a_training_split_is_refused(bpe, tmp_path):
 
 
 def test_gpt_needs_an_end_of_text_token(wordpiece, corpus, tmp_path):
-    with pytest.raises(UserError, match=r"has no end-of-text token to put after a document; pass --split-sentences for BERT, or another --tokenizer"):
+    with pytest.raises(
+        UserError, match=r"has no end-of-text token to end a document with; pass --split-sentences \(BERT\) or another --tokenizer"
+    ):
         run(corpus, output=tmp_path / "out", tokenizer=wordpiece, split_sentences=False)
 
 
@@ -259,11 +263,18 @@ def test_a_tokenizer_that_was_swapped_is_refused(corpus, bpe, wordpiece, tmp_pat
     run(corpus, output=tmp_path / "swap", tokenizer=bpe)
     for file in Path(wordpiece).iterdir():
         (tmp_path / "swap.tokenizer" / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match=r"swap.tokenizer has fingerprint \w+, the shards .* were made with \w+; put the old folder back"):
+    with pytest.raises(UserError, match=r"swap.tokenizer has fingerprint \w+, .* was made with \w+; put the old folder back"):
+        stored_tokenizer(tmp_path / "swap.train")
+    shutil.rmtree(tmp_path / "swap.tokenizer")
+    with pytest.raises(UserError, match=r"swap.tokenizer is missing beside its shards; copy it there too"):
         stored_tokenizer(tmp_path / "swap.train")
 
 
 def test_the_key_of_a_piece_changes_with_what_it_stands_for():
     base = Piece("lines", ("a.jsonl",), "10 20", 0, 5)
-    others = [Piece("lines", ("a.jsonl",), "10 21", 0, 5), Piece("lines", ("a.jsonl",), "10 20", 5, 9), Piece("lines", ("b.jsonl",), "10 20", 0, 5)]
+    others = [
+        Piece("lines", ("a.jsonl",), "10 21", 0, 5),
+        Piece("lines", ("a.jsonl",), "10 20", 5, 9),
+        Piece("lines", ("b.jsonl",), "10 20", 0, 5),
+    ]
     assert len({p.key for p in (base, *others)}) == 4

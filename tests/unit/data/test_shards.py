@@ -55,7 +55,7 @@ def test_a_shard_reads_the_documented_bytes(by_hand):
     assert [shard.sequence(i).tolist() for i in range(3)] == [[5, 6, 7], [8], [9, 10]]
     assert [shard.sequence_at(t) for t in range(6)] == [0, 0, 0, 1, 2, 2]
     assert [shard.document_at(s) for s in range(3)] == [0, 0, 1]
-    assert shard.document(0) == range(0, 2)
+    assert shard.document(0) == range(2)
 
 
 def test_megatrons_modes_after_the_boundaries_are_allowed(by_hand):
@@ -106,7 +106,9 @@ def test_damaged_files_are_refused_with_numbers_and_a_cure(by_hand, ending, cont
 
 
 def test_a_missing_shard_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match=rf"corpus.train.bin does not exist; make it: megalite prepare INPUT... --output {tmp_path}/corpus --tok"):
+    with pytest.raises(
+        UserError, match=rf"corpus.train.bin does not exist; make it: megalite prepare INPUT... --output {tmp_path}/corpus --tok"
+    ):
         Shard(tmp_path / "corpus.train")
 
 

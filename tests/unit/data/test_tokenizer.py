@@ -21,7 +21,11 @@ def tokenizer(request, trained, tmp_path):
         return trained[request.param]
     if request.param == "careless":  # a tokenizer.json whose special tokens are ordinary entries, cut at spaces
         words = ["[UNK]", "[MASK]", "[CLS]", "[SEP]", "[PAD]", "</s>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz[]<>|/ABCDEFKLMNPSTU"]
-        fast = Fast(models.WordPiece({**{w: i for i, w in enumerate(words)}, **{f"##{w}": 90 + i for i, w in enumerate(words[7:])}}, unk_token="[UNK]"))
+        fast = Fast(
+            models.WordPiece(
+                {**{w: i for i, w in enumerate(words)}, **{f"##{w}": 90 + i for i, w in enumerate(words[7:])}}, unk_token="[UNK]"
+            )
+        )
         fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     elif request.param == "unigram file":  # special tokens are pieces the model itself may find in the text
         pieces = [("<unk>", 0.0), ("</s>", 0.0), ("<mask>", 0.0), ("<pad>", 0.0), *((c, -5.0) for c in "▁abcdefghijklmnopqrstuvwxyz</>|[]")]
@@ -49,16 +53,30 @@ def test_text_comes_back_exactly(trained, kind):
         assert trained[kind].decode(trained[kind].encode_batch([text])[0]) == text
 
 
-def test_the_spelling_of_unknown_is_read_as_letters(trained):
-    ids = trained["train:unigram"].encode_batch(["a <unk> b"])[0]
-    assert trained["train:unigram"].special["unk"] not in ids
+@pytest.mark.parametrize("spelling", ["<unk>", "[UNK]"])
+def test_the_spelling_of_unknown_is_read_as_letters(tokenizer, spelling):
+    known = tokenizer.special.get("unk", -1) not in tokenizer.encode_batch([" ".join(spelling)])[0]
+    assert not known or tokenizer.special.get("unk", -1) not in tokenizer.encode_batch([f"a {spelling} b"])[0]
+
+
+def test_tokenizers_that_can_be_told_need_no_second_look(trained, monkeypatch):
+    def second_look(_):
+        raise AssertionError
+
+    for kind in TRAINED:
+        monkeypatch.setattr(trained[kind], "_encode_broken", second_look)
+        trained[kind].encode_batch(["a <|endoftext|> b [MASK] c [SEP]"])
 
 
 @pytest.mark.parametrize("kind", TRAINED)
 def test_a_saved_tokenizer_is_the_same_one(trained, texts, kind, tmp_path):
     trained[kind].save(tmp_path / "again")
     again = open_tokenizer(tmp_path / "again")
-    assert (again.fingerprint, again.special, again.vocab_size) == (trained[kind].fingerprint, trained[kind].special, trained[kind].vocab_size)
+    assert (again.fingerprint, again.special, again.vocab_size) == (
+        trained[kind].fingerprint,
+        trained[kind].special,
+        trained[kind].vocab_size,
+    )
     for ours, theirs in zip(trained[kind].encode_batch(texts[:30]), again.encode_batch(texts[:30]), strict=True):
         assert (ours == theirs).all()
 

@@ -1,0 +1,52 @@
+# What a person does on a fresh clone. Needs Python 3.11+, bash and make; everything else goes into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install pretrain pretrain-bert lint test test-all parity bench-prepare clean
+
+help:  ## what there is to do
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: .venv/.installed  ## .venv with megalite in it
+
+# torch first and pinned: left to the other packages' ranges, pip may fetch another build of it
+.venv/.installed: setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/.developer: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+pretrain: install  ## corpus -> tokenizer -> shards -> a GPT trained on 8 ranks -> a sample
+	$(BIN)/megalite prepare stdlib --output data/stdlib-gpt --tokenizer train:bpe --vocab-size 4096
+	$(BIN)/megalite train gpt-tiny
+
+pretrain-bert: install  ## the same for BERT
+	$(BIN)/megalite prepare stdlib --output data/stdlib-bert --tokenizer train:wordpiece --vocab-size 4096
+	$(BIN)/megalite train bert-tiny
+
+lint: .venv/.developer  ## style, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+test: lint  ## the whole test suite but what is marked slow
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: lint  ## slow tests too: every layout with every model
+	$(BIN)/python -m pytest -m "not gpu"
+
+parity: .venv/.developer  ## every mesh x ZeRO x reduction x schedule x model against one process
+	$(BIN)/python -m pytest tests/parity/test_layouts.py
+
+bench-prepare: .venv/.developer  ## MB per CPU-second of `megalite prepare`
+	$(BIN)/python tests/bench_prepare.py
+
+clean:  ## forget .venv and what runs wrote
+	rm -rf .venv data runs build dist *.egg-info

@@ -1,0 +1,5 @@
+"""`python -m megalite`: the same as the console script."""
+
+from megalite.cli import main
+
+main()
