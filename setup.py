@@ -30,6 +30,7 @@ setup(
         "tensorboard",
         "zstandard",
         "psutil",
+        "sentencex>=1.0",
     ],
     extras_require={
         "dev": ["pytest", "pytest-timeout", "hypothesis", "jaxtyping", "ruff", "pyright", "import-linter", "build"],

@@ -100,7 +100,7 @@ def read_flags(arguments: Sequence[str], schema: type[BaseModel], *, positional:
         if not word.startswith("--"):
             loose.append(word)
             continue
-        flag, given, value = word[2:].partition("=") if "=" in word.split(" ")[0] else (word[2:], "", "")
+        flag, given, value = word[2:].partition("=")
         path = flag.replace("-", "_")
         section, _, leaf = path.rpartition(".")
         off = leaf.startswith("no_") and path not in known
@@ -109,7 +109,12 @@ def read_flags(arguments: Sequence[str], schema: type[BaseModel], *, positional:
         if path not in known or (off and known[path] is not bool):
             raise UserError(f"--{flag} is no flag{_near(flag, [name.replace('_', '-') for name in known])}; --help lists them")
         values = [value] if given else []
-        while words and not given and not words[0].startswith("--") and not (known[path] is bool and words[0].lower() not in ("true", "false")):
+        while (
+            words
+            and not given
+            and not words[0].startswith("--")
+            and not (known[path] is bool and words[0].lower() not in ("true", "false"))
+        ):
             if values and not _many(known[path]):
                 break
             values.append(words.pop(0))
@@ -137,6 +142,13 @@ def _many(kind: Any) -> bool:
     return typing.get_origin(kind) is tuple
 
 
+def _takes(kind: Any, word: str, *, already: int) -> bool:
+    """Whether a flag of this type that has `already` values takes this word as another one."""
+    if kind is bool:
+        return not already and word.lower() in ("true", "false")
+    return not already or _many(kind)
+
+
 def _value(flag: str, kind: Any, values: list[str], *, off: bool) -> Any:
     if kind is bool:
         return not off if not values else (values[0].lower() == "true") != off
@@ -159,8 +171,7 @@ def _asks_help(arguments: list[str]) -> bool:
 
 
 def _explain_flags(schema: type[BaseModel], usage: str, *, default: BaseModel | None = None) -> typing.NoReturn:
-    kind = tyro.conf.configure(tyro.conf.AvoidSubcommands)(schema)
-    tyro.cli(kind, args=["--help"], prog=usage, **({"default": default} if default else {}))
+    tyro.cli(schema, args=["--help"], prog=usage, default=default or tyro.MISSING, config=(tyro.conf.AvoidSubcommands,))  # type: ignore[call-overload]
     raise AssertionError("help exits")
 
 
@@ -170,4 +181,4 @@ def _near(wrong: str, known: list[str]) -> str:
 
 
 def _say(text: str, *, file: Any = None) -> None:
-    print(text, file=file)  # noqa: T201
+    print(text, file=file)

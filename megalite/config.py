@@ -5,13 +5,12 @@ itself; what needs the number of ranks or the shards is checked by `resolve_mesh
 imports torch, so a wrong flag is answered in a second.
 
 The run config owns batch sizes, precision, clipping, the optimizer and its schedule. The DeepSpeed JSON owns `zero_optimization`,
-offload, communication and whatever else DeepSpeed offers (see `parallel/zero.py`).
+offload, communication and whatever else DeepSpeed offers (see `ds_config.py`).
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +82,9 @@ class Model(Section):
         if self.width % self.heads:
             raise UserError(f"model.width = {self.width} is not divisible by model.heads = {self.heads}; choose heads that divide it")
         if self.heads % self.num_kv_heads:
-            raise UserError(f"model.heads = {self.heads} is not divisible by model.kv_heads = {self.kv_heads}; choose kv_heads that divide it")
+            raise UserError(
+                f"model.heads = {self.heads} is not divisible by model.kv_heads = {self.kv_heads}; choose kv_heads that divide it"
+            )
         if self.positions == "rope" and self.head_width % 2:
             raise UserError(f"rotary positions need an even head width, but width / heads = {self.head_width}; choose other heads")
         if self.family == "bert" and (self.positions, self.norm, self.bias, self.tied) != ("learned", "layer", True, True):
@@ -134,7 +135,7 @@ class Train(Section):
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     """Order of the microbatches in the pipeline."""
     reduce: Literal["microbatch", "step"] | None = None
-    """ZeRO-2 and 3 reduce gradients after every microbatch (they stay sharded; the default) or once a step (less traffic, full gradients)."""
+    """ZeRO-2 and 3 reduce gradients after every microbatch (they stay sharded; the default) or once a step (less traffic, more memory)."""
     clip: NonNegativeFloat = 1.0
     """Largest gradient norm over the whole mesh; 0 switches clipping off."""
 
@@ -225,7 +226,7 @@ def load(name: str, *, overrides: dict[str, Any] | None = None) -> Config:
     elif name in recipes():
         text = (RECIPES / f"{name}.yaml").read_text()
     else:
-        raise UserError(f"no recipe is called {name!r}{_suggest(name, recipes())}; the recipes are {', '.join(recipes())}")
+        raise UserError(f"no recipe is called {name!r}{suggest(name, recipes())}; the recipes are {', '.join(recipes())}")
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -259,15 +260,16 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
             section: Any = schema
             for part in detail["loc"][:-1]:
                 section = section.model_fields[part].annotation
-            found.append(f"{path} is no setting{_suggest(str(detail['loc'][-1]), list(section.model_fields))}")
-        elif isinstance(detail.get("ctx", {}).get("error"), UserError):
-            found.append(str(detail["ctx"]["error"]))
+            found.append(f"{path} is no setting{suggest(str(detail['loc'][-1]), list(section.model_fields))}")
+        elif isinstance(reason := detail.get("ctx", {}).get("error"), UserError):
+            found.append(str(reason))
         else:
             found.append(f"{path} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}")
     return "; ".join(found)
 
 
-def _suggest(wrong: str, known: list[str]) -> str:
+def suggest(wrong: str, known: list[str]) -> str:
+    """The nearest known name, as the end of an error message; nothing where none is near."""
     near = difflib.get_close_matches(wrong, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -306,83 +308,3 @@ def resolve_mesh(config: Config, world: int) -> Config:
     if model.vocab is not None and model.vocab < mesh.tp:
         raise UserError(f"model.vocab = {model.vocab} is smaller than mesh.tp = {mesh.tp}; lower mesh.tp")
     return config.model_copy(update={"mesh": mesh.model_copy(update={"dp": dp})})
-
-
-OWNED = {  # DeepSpeed's keys that the run config decides
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch",
-    "gradient_clipping": "train.clip",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "amp": "train.precision",
-    "data_types": "train.precision",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.schedule",
-    "managed_gradient_accumulation": "train.reduce",
-}
-PASSED = (  # and those that are handed on as they are
-    "zero_optimization",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "comms_logger",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-)
-
-
-def deepspeed_document(config: Config) -> dict[str, Any]:
-    """The DeepSpeed JSON that config.deepspeed names, checked against the run config; {} where it names none.
-
-    A path, or the name of a file of ds_configs/. Raises UserError for a key that both own, for one that is not handed on, and for what
-    is not proved under a mesh.
-    """
-    if config.deepspeed is None:
-        return {}
-    path = _find_document(config.deepspeed)
-    try:
-        document = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path} holds a {type(document).__name__}, but a DeepSpeed configuration is an object with zero_optimization")
-    for key, value in document.items():
-        if key in OWNED:
-            ours: Any = config
-            for step in OWNED[key].split("."):
-                ours = getattr(ours, step)
-            ours = ours.model_dump() if isinstance(ours, BaseModel) else ours
-            raise UserError(f"{path} sets {key} = {json.dumps(value)}, but the run config decides that: {OWNED[key]} = {ours}; take it out of the JSON")
-        if key not in PASSED:
-            raise UserError(f"{path} sets {key}, which megalite does not hand to DeepSpeed{_suggest(key, [*PASSED])}; it hands on {', '.join(PASSED)}")
-    _check_zero(config, document, path)
-    return document
-
-
-def _find_document(name: str) -> Path:
-    shipped = Path(__file__).parent.parent / "ds_configs"
-    for path in (Path(name), shipped / Path(name).name, shipped / f"{name}.json"):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(path.name for path in shipped.glob("*.json")))
-    raise UserError(f"deepspeed = {name} does not exist; give the path of a DeepSpeed JSON or one of ds_configs/: {known}")
-
-
-def _check_zero(config: Config, document: dict[str, Any], path: Path) -> None:
-    zero = document.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage = {stage!r}, but ZeRO has stages 0 to 3")
-    for key in ("offload_optimizer", "offload_param", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
-        if zero.get(key) and zero[key] != 1 and not (isinstance(zero[key], dict) and zero[key].get("device") == "none"):
-            raise UserError(f"{path}: zero_optimization.{key} is not proved equal to one process under a mesh yet; take it out")
-    train = config.train
-    if stage < 2 and train.reduce == "microbatch":
-        raise UserError(f"train.reduce = microbatch, but ZeRO-{stage} keeps whole gradients and reduces once a step; leave train.reduce out or use ZeRO-2 or 3")
-    if stage >= 2 and train.reduce == "step" and train.precision == "bf16":
-        raise UserError(
-            "train.reduce = step would sum the microbatches' gradients in bf16, where small ones are lost; "
-            "use train.reduce = microbatch, which sums them in fp32"
-        )

@@ -80,17 +80,14 @@ def start(config: settings.Config, work: Callable[[settings.Config, int], Any], 
     Under torchrun or srun this process is one of the ranks already. Otherwise every visible GPU gets a process, for which `work` is
     pickled; without a GPU mesh.ranks, or else dp x pp x tp, ranks are forked. A mesh that does not fit is refused before any rank starts.
     """
-    place = find_place(os.environ)
-    gpus = torch.cuda.device_count()  # asks the driver's library and creates no context
-    mesh = config.mesh
-    world = place.world if place else gpus or mesh.ranks or (mesh.dp or 1) * mesh.pp * mesh.tp
+    place, gpus, world = find_place(os.environ), torch.cuda.device_count(), count_ranks(config)
     try:
         config = settings.resolve_mesh(config, world)
     except UserError:
         if place and place.rank:
             raise SystemExit(2) from None  # rank 0 says it for all
         raise
-    folder, rank_work = Path(config.run.folder or f"runs/{config.name}"), functools.partial(work, config)
+    folder, rank_work = settings.run_folder(config), functools.partial(work, config)
     if place:
         return _join(place, rank_work, folder=folder)
     try:
@@ -99,6 +96,18 @@ def start(config: settings.Config, work: Callable[[settings.Config, int], Any], 
         return run_ranks(world, rank_work, folder=folder, warm=warm)[0]
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def count_ranks(config: settings.Config) -> int:
+    """How many ranks `start` would have: those that were started with this one, else one a GPU, else what the mesh asks for."""
+    place, mesh = find_place(os.environ), config.mesh
+    gpus = torch.cuda.device_count()  # asks the driver's library and creates no context
+    return place.world if place else gpus or mesh.ranks or (mesh.dp or 1) * mesh.pp * mesh.tp
+
+
+def stands_alone() -> bool:
+    """Whether this process will start the ranks itself; under torchrun or srun it is one of them."""
+    return find_place(os.environ) is None
 
 
 def is_rank_zero() -> bool:

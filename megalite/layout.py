@@ -127,8 +127,11 @@ def _blocks(shape: tuple[int, ...], start: int, stop: int, prefix: tuple[int, ..
     """A flat row-major range as at most 2n - 1 boxes: a ragged head, whole rows, a ragged tail, each along every dim."""
     if start >= stop:
         return
-    if len(shape) <= 1:
-        yield Rectangle((*prefix, start) if shape else prefix, (*(1 for _ in prefix), stop - start) if shape else (), base + start, base + stop)
+    if not shape:
+        yield Rectangle((), (), base + start, base + stop)
+        return
+    if len(shape) == 1:
+        yield Rectangle((*prefix, start), (*(1 for _ in prefix), stop - start), base + start, base + stop)
         return
     inner = math.prod(shape[1:])
     first, head = divmod(start, inner)

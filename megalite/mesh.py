@@ -85,6 +85,7 @@ class Mesh:
         for line in lines:  # every rank takes part in the creation of every group, in the same order
             group = dist.new_group(list(line))
             if self.rank in line:
+                assert isinstance(group, dist.ProcessGroup)
                 self.groups[name] = group
 
     def group(self, axis: str) -> dist.ProcessGroup:

@@ -15,10 +15,11 @@ import yaml
 from megalite import launch
 from megalite.checkpoint.resume import find as find_checkpoint
 from megalite.checkpoint.store import read_facts, whole
-from megalite.config import Config, deepspeed_document, run_folder
+from megalite.config import Config, resolve_mesh, run_folder
 from megalite.data.loader import open_train, open_valid, resolve
 from megalite.data.prepare import Preparation, prepare
 from megalite.data.shards import unigram_entropy
+from megalite.ds_config import read_document
 from megalite.evaluate import generate
 from megalite.log import open_console, quiet_foreign
 
@@ -26,27 +27,32 @@ from megalite.log import open_console, quiet_foreign
 def pretrain(config: Config, *, command: str) -> None:
     """Prepare if need be, train what is left, report."""
     quiet_foreign()
-    prepare_corpus(config)
+    resolve_mesh(config, launch.count_ranks(config))
+    if launch.stands_alone():
+        prepare_corpus(config)
     config = complete(config)
-    write_config(config)
+    if launch.is_rank_zero():
+        write_config(config)
     done = whole(run_folder(config) / "checkpoints")
     if done and read_facts(done[-1])["step"] >= config.train.steps:
-        _print(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
+        if launch.is_rank_zero():
+            _print(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
     else:
-        launch.start(config, _train, warm=("megalite.train",))
-    if getattr(launch, "is_rank_zero", lambda: True)():
+        launch.start(config, _train, warm=("megalite.train", "torch.utils.tensorboard"))
+    if launch.is_rank_zero():
         report(config, command=command)
 
 
 def _train(config: Config, rank: int) -> None:
     from megalite.train import train  # DeepSpeed takes seconds to import: bad input is answered before that
 
+    quiet_foreign()
     train(config, rank)
 
 
 def complete(config: Config) -> Config:
     """Fill in what the shards decide (the vocabulary), check what can be checked before ranks start."""
-    deepspeed_document(config)
+    read_document(config)
     opened = open_train(config.data, model=config.model, seed=config.run.seed)
     open_valid(config.data, model=config.model)
     config = config.model_copy(update={"model": config.model.model_copy(update={"vocab": opened.vocab_size})})
@@ -85,7 +91,7 @@ def report(config: Config, *, command: str) -> None:
     _print(sample(config, checkpoint))
     _print(f"run folder   {folder}/ (config.yaml, metrics.jsonl, logs/)")
     _print(f"checkpoint   {checkpoint}/")
-    _print(f"train on     {command} --train.steps {2 * config.train.steps}")
+    _print(f"resume       {command}   (stopped or killed: it goes on where it was)")
     _print(f"curves       tensorboard --logdir {folder}/tensorboard")
     if config.name == "gpt-tiny":
         _print("train BERT   megalite train bert-tiny")
@@ -101,10 +107,12 @@ def sample(config: Config, checkpoint: Path) -> str:
     if settings.family == "gpt":
         prompt = torch.from_numpy(opened.source.sample(0)["ids"][:16].copy())
         ids = generate.continue_text(model, prompt, model=settings, tokens=48)
-        return f"sample       {json.dumps(tokenizer.decode(prompt.tolist()))} ->\n{tokenizer.decode(ids[len(prompt):].tolist())}"
+        return f"sample       {json.dumps(tokenizer.decode(prompt.tolist()))} ->\n{tokenizer.decode(ids[len(prompt) :].tolist())}"
     batch = {name: torch.as_tensor(value)[None] for name, value in opened.source.sample(0).items()}
     found, labels = generate.fill_masks(model, batch)[0], batch["labels"][0]
-    pairs = [(tokenizer.decode([int(labels[at])]), tokenizer.decode([int(found[at])])) for at in torch.nonzero(labels != -100).flatten()[:12]]
+    pairs = [
+        (tokenizer.decode([int(labels[at])]), tokenizer.decode([int(found[at])])) for at in torch.nonzero(labels != -100).flatten()[:12]
+    ]
     return "sample       masked -> filled in: " + ", ".join(f"{json.dumps(a)} -> {json.dumps(b)}" for a, b in pairs)
 
 

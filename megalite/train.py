@@ -17,8 +17,9 @@ import megalite
 from megalite import hardware, models
 from megalite.checkpoint.resume import find as find_checkpoint
 from megalite.checkpoint.store import Store
-from megalite.config import Config, deepspeed_document, run_folder
+from megalite.config import Config, run_folder
 from megalite.data.loader import Loader, open_train, open_valid
+from megalite.ds_config import read_document
 from megalite.engine import Engine
 from megalite.errors import UserError
 from megalite.evaluate.validate import validate
@@ -26,10 +27,11 @@ from megalite.mesh import Mesh
 from megalite.models import counts
 from megalite.observe.metrics import Metrics, Yardstick
 
+
 def train(config: Config, rank: int) -> dict[str, float]:
     """Train on this rank until config.train.steps; returns the parts of the last validation loss ({} without validation shards)."""
     folder, mesh = run_folder(config), start_mesh(config, rank)
-    engine = Engine(config, mesh, document=deepspeed_document(config))
+    engine = Engine(config, mesh, document=read_document(config))
     store = Store(folder / "checkpoints", keep=config.checkpoint.keep, tied=models.tied(config.model))
     step, valid = resume(config, engine, store), {}
     with (
@@ -76,7 +78,9 @@ def check_finite(step: int, loss: float, grad_norm: float) -> None:
 
 def resume(config: Config, engine: Engine, store: Store) -> int:
     """Load what config.checkpoint.resume asks for; returns how many steps have been taken."""
-    path = find_checkpoint(config)
+    found = [find_checkpoint(config)]
+    dist.broadcast_object_list(found)  # one decides for all: a shared disk may show ranks different folders
+    path = found[0]
     if path is None:
         return 0
     step = store.load(path, engine.zero.pieces())["step"]

@@ -23,7 +23,7 @@ def find(config: Config) -> Path | None:
     folder, asked = run_folder(config) / "checkpoints", config.checkpoint.resume
     own = whole(folder)
     if asked == "none" and own:
-        raise UserError(f"{own[-1]} exists and checkpoint.resume = none; choose another run.folder, or resume with checkpoint.resume = auto")
+        raise UserError(f"{own[-1]} exists and checkpoint.resume = none; choose another run.folder or checkpoint.resume = auto")
     if asked in ("none", "auto"):
         path = own[-1] if own else None
     else:
@@ -40,7 +40,9 @@ def _check_same(config: Config, path: Path) -> None:
     for name in PINNED:
         before, now = _at(theirs, name), _at(config, name)
         if before != now:
-            raise UserError(f"{path} was written with {name} {_show(before, now)}, this run has {_show(now, before)}; restore it or change run.folder")
+            raise UserError(
+                f"{path} was written with {name} {_show(before, now)}, this run has {_show(now, before)}; restore it or change run.folder"
+            )
 
 
 def _at(config: Config, name: str) -> Any:

@@ -23,8 +23,8 @@ class Slice(Tensor):
     flat: Tensor
     blocks: list[tuple[torch.Size, torch.Size, int, int]]
 
-    @staticmethod
-    def __new__(cls, flat: Tensor, *, cut: Cut, start: int) -> Slice:
+    @classmethod
+    def of(cls, flat: Tensor, *, cut: Cut, start: int) -> Slice:
         made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(cut.shape), dtype=flat.dtype, device=flat.device)
         made.flat = flat
         made.blocks = [

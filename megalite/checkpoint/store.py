@@ -15,16 +15,18 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as read_state
+from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
 from megalite.checkpoint.slices import Slice
 from megalite.errors import UserError
@@ -34,7 +36,8 @@ PARTIAL = ".partial"
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 RECORDS = {  # what DCP's index is made of, and nothing else
     "torch.distributed.checkpoint.metadata": {
-        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch": {"Size", "device"},
@@ -66,10 +69,12 @@ class Store:
     def __init__(self, folder: Path, *, keep: int, tied: dict[str, str]) -> None:
         """`tied`: name -> the name under which that weight is stored."""
         self.folder, self.keep, self.tied = folder, keep, tied
-        self.group = dist.new_group(backend="gloo")  # of its own: saving never meets a training collective
+        group = dist.new_group(backend="gloo")  # of its own: saving never meets a training collective
+        assert isinstance(group, dist.ProcessGroup)
+        self.group = group
         self.rank = dist.get_rank()
 
-    def save(self, step: int, pieces: list[Piece], facts: dict[str, Any]) -> Path:
+    def save(self, step: int, pieces: Sequence[Piece], facts: dict[str, Any]) -> Path:
         """Write step-N whole, point `latest` at it, forget the oldest beyond `keep`."""
         final = self.folder / f"step-{step}"
         partial = final.with_name(final.name + PARTIAL)
@@ -78,7 +83,7 @@ class Store:
             partial.mkdir(parents=True)
         dist.barrier(self.group)
         state = self._state(piece for piece in pieces if piece.first)
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), process_group=self.group)
+        write_state(state, storage_writer=FileSystemWriter(partial), process_group=self.group)
         if self.rank == 0:
             with (partial / "facts.json").open("w") as file:
                 json.dump({"step": step, **facts}, file, indent=1)
@@ -95,7 +100,7 @@ class Store:
         dist.barrier(self.group)
         return final
 
-    def load(self, path: Path, pieces: list[Piece]) -> dict[str, Any]:
+    def load(self, path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Read what `pieces` are into them, in place; returns the facts. The engine must renew its weights afterwards (`Zero.restore`).
 
         Raises UserError when the checkpoint is of another model or cannot be read.
@@ -112,7 +117,7 @@ class Store:
                     "give the model settings it was made with, or start in another run.folder"
                 )
         try:
-            dcp.load(state, storage_reader=Reader(path), process_group=self.group)
+            read_state(state, storage_reader=Reader(path), process_group=self.group)
         except CheckpointException as error:  # derives from BaseException
             raise UserError(f"checkpoint {path} cannot be read: {_first(error)}; remove the folder to fall back on an older one") from None
         return json.loads((path / "facts.json").read_text())
@@ -122,7 +127,7 @@ class Store:
         for piece in pieces:
             name = self.tied.get(piece.cut.name, piece.cut.name)
             for kind, flat in zip(KINDS, (piece.master, piece.moments["exp_avg"], piece.moments["exp_avg_sq"]), strict=True):
-                state[f"{kind}/{name}"] = Slice(flat, cut=piece.cut, start=piece.start)
+                state[f"{kind}/{name}"] = Slice.of(flat, cut=piece.cut, start=piece.start)
         return state
 
 
@@ -143,7 +148,7 @@ class _OnlyRecords(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint index holds")
 
 
-class Reader(dcp.FileSystemReader):
+class Reader(FileSystemReader):
     """DCP's reader with an index that cannot run code."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -151,11 +156,11 @@ class Reader(dcp.FileSystemReader):
         try:
             metadata = _OnlyRecords(io.BytesIO(path.read_bytes())).load()
         except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError) as error:
-            raise UserError(f"checkpoint {self.path} has no readable index: {error}; remove the folder to fall back on an older one") from None
+            raise UserError(f"checkpoint {self.path} has no readable index ({error}); remove it to fall back on an older one") from None
         if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
             raise UserError(f"checkpoint {self.path} holds something that is no tensor; it was not written by megalite")
         if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = dcp.metadata.StorageMeta()
+            metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
@@ -182,7 +187,7 @@ def load_weights(path: Path, weights: dict[str, Tensor]) -> None:
     try:
         with warnings.catch_warnings():  # that it runs in one process, which is what was asked
             warnings.simplefilter("ignore", UserWarning)
-            dcp.load(state, storage_reader=Reader(path), no_dist=True)
+            read_state(state, storage_reader=Reader(path), no_dist=True)
     except CheckpointException as error:
         raise UserError(f"checkpoint {path} cannot be read: {_first(error)}") from None
 

@@ -67,7 +67,7 @@ class Preparation(BaseModel):
 
 def prepare(preparation: Preparation, *, console: Console | None = None) -> Manifest:
     """Do what is left to do; at once if nothing is."""
-    console = console or Console(soft_wrap=True)
+    console = console or Console(soft_wrap=True, highlight=False)
     _check(preparation)
     files = find_files(preparation.inputs)
     tokenizer = None if preparation.tokenizer in TRAINED else open_tokenizer(preparation.tokenizer)
@@ -282,8 +282,8 @@ def _assemble(p: Preparation, parts: list[Path], recipe: Recipe, tokenizer: Toke
         }
         settings = p.model_dump(mode="json", exclude={"workers", "output"})
         manifest = Manifest(
-            key=key, tokenizer=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, special=tokenizer.special, sentences=recipe.sentences,
-            counts=counts, bad_lines=bad, settings=settings, versions=_versions(),
+            key=key, tokenizer=recipe.fingerprint, vocab_size=tokenizer.vocab_size, special=tokenizer.special, counts=counts,
+            sentences=recipe.sentences, bad_lines=bad, settings=settings, versions=_versions(),
         )  # fmt: skip
         manifest.save(p.output)
     return manifest

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from megalite.models.layers import Batch
 __all__ = ["Batch", "Whole", "attach", "build", "draw", "layers", "parts", "plan", "tied"]
 
 
-def layers(model: Model) -> list[tuple[str, partial[nn.Module]]]:
+def layers(model: Model) -> list[tuple[str, Callable[[], nn.Module]]]:
     """The model in order: embed, layers.0 ..., head."""
     return (gpt if model.family == "gpt" else bert).layers(model)
 

@@ -1,10 +1,11 @@
 """BERT as an ordered list of layers: token, position and segment embeddings, post-norm blocks, masked-token and next-sentence heads.
 
-In: ids, segments, lengths, labels, next_sentence; out: the loss. Devlin et al. 2018, arXiv:1810.04805.
+In: ids, segments, length, labels, next_sentence; out: the loss. Devlin et al. 2018, arXiv:1810.04805.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -70,7 +71,7 @@ class Head(nn.Module):
         return torch.stack([tokens, torch.dot(pairs, batch["pair_weights"].float())])
 
 
-def layers(model: Model) -> list[tuple[str, partial[nn.Module]]]:
+def layers(model: Model) -> list[tuple[str, Callable[[], nn.Module]]]:
     """The model in order, as (name, builder)."""
     block = partial(Block, model, causal=False, norm_first=False)
     return [("embed", partial(Embedding, model)), *((f"layers.{n}", block) for n in range(model.layers)), ("head", partial(Head, model))]

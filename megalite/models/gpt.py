@@ -6,6 +6,7 @@ GPT-2: Radford et al. 2019. Llama: Touvron et al. 2023, arXiv:2302.13971.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -61,7 +62,7 @@ class Head(nn.Module):
         return self.loss(self.logits(x), batch["labels"], batch["weights"]).reshape(1)
 
 
-def layers(model: Model) -> list[tuple[str, partial[nn.Module]]]:
+def layers(model: Model) -> list[tuple[str, Callable[[], nn.Module]]]:
     """The model in order, as (name, builder). One device runs all of it; a pipeline stage builds and runs its slice."""
     block = partial(Block, model, causal=True, norm_first=True)
     return [("embed", partial(Embedding, model)), *((f"layers.{n}", block) for n in range(model.layers)), ("head", partial(Head, model))]

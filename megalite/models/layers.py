@@ -47,7 +47,7 @@ class Attention(nn.Module):
         q, k, v = heads.split([keys * self.queries_per_key, keys, keys], dim=2)
         if self.rope_base is not None:
             q, k = rotate(q, self.rope_base), rotate(k, self.rope_base)
-        mixed = attend(q, k, v, causal=self.causal, lengths=None if self.causal else batch.get("lengths"))
+        mixed = attend(q, k, v, causal=self.causal, lengths=None if self.causal else batch["length"])
         return self.out(mixed.flatten(2))
 
 

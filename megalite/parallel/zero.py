@@ -1,8 +1,8 @@
 """The one door to DeepSpeed: ZeRO 0 to 3 around the layers of one pipeline stage.
 
 In: this rank's layers, its mesh, the DeepSpeed JSON.  Out: `backward` for one microbatch, `update` for one optimizer step, and
-`pieces`: the flat range of every parameter whose master weight, gradient and moments this rank owns. The norm, clipping, the sum
-of tied gradients, checkpoints and the tests all read pieces, so they are the same for every stage.
+`pieces` (see pieces.py): what this rank owns of every parameter. The norm, clipping, the sum of tied gradients, checkpoints and the
+tests all read pieces, so they are the same for every stage.
 
 ZeRO: Rajbhandari et al. 2019, arXiv:1910.02054. What DeepSpeed 0.19.8 needs to do this under a pipeline is in docs/design/zero.md;
 the mends below carry the version they were seen in, and tests/ranks/test_zero_mends.py fails when one is no longer needed.
@@ -14,39 +14,24 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
-import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401  these two DeepSpeed imports in initialize, and torch's
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  compiler with them: seconds a rank, which forked ranks inherit
+import deepspeed.runtime.superoffload.superoffload_stage3
+import deepspeed.runtime.zero.muon.original_muon
 import deepspeed.runtime.zero.partition_parameters as zero_partition
 import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
 import deepspeed.runtime.zero.stage3 as zero_stage3
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from megalite.layout import Cut
+from megalite.config import suggest
+from megalite.errors import UserError
 from megalite.mesh import Mesh
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements [start, start + master.numel()) of one flattened local shard, as this rank owns them. All tensors are views, 1-D.
-
-    `moments` are AdamW's exp_avg and exp_avg_sq, fp32 like the master weight; `gradient` is there only between the reduction and
-    the update (see `Zero.before_update`). Where several ranks hold the same elements, `first` is true on one of them: tp copies on tp
-    rank 0, tied copies on the first stage, dp copies (ZeRO 0) on dp rank 0. The norm counts and a checkpoint stores what is first.
-    """
-
-    cut: Cut
-    start: int
-    master: Tensor
-    moments: dict[str, Tensor]
-    gradient: Tensor | None
-    tied: bool
-    first: bool
+from megalite.parallel.pieces import Flat, Piece, Sharded
 
 
 def settings(document: dict[str, Any], *, precision: str, micro_batch: int, reduce: str) -> dict[str, Any]:
@@ -59,6 +44,7 @@ def settings(document: dict[str, Any], *, precision: str, micro_batch: int, redu
     # DeepSpeed 0.19.8 routes bf16 ZeRO-1 with fp32 accumulation to another optimizer, which accumulates and clips by itself; ZeRO-2
     # accumulates the same fp32 gradients, sharded. ZeRO 0 is ZeRO-2 over a group of one: DeepSpeed's own reports a norm of 0.
     engine_stage = 2 if stage == 0 or (stage == 1 and precision == "bf16") else stage
+    _check_keys(zero)
     owned = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
@@ -71,6 +57,22 @@ def settings(document: dict[str, Any], *, precision: str, micro_batch: int, redu
         "zero_optimization": {**zero, "stage": engine_stage},
     }
     return {**document, **owned}
+
+
+def _check_keys(zero: dict[str, Any]) -> None:
+    """Raises UserError for a key or value that DeepSpeed's zero_optimization does not know."""
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
+        found = []
+        for detail in error.errors():
+            key, said = str(detail["loc"][0]), detail["msg"][0].lower() + detail["msg"][1:]
+            wrong = f"= {detail['input']!r}: {said}"
+            if detail["type"] == "extra_forbidden":
+                wrong = f"is unknown to DeepSpeed{suggest(key, known)}"
+            found.append(f"zero_optimization.{key} {wrong}")
+        raise UserError("; ".join(found)) from None
 
 
 class _Axes:
@@ -142,16 +144,26 @@ class Zero:
     """
 
     def __init__(
-        self, stage: nn.Module, *, mesh: Mesh, configuration: dict[str, Any], zero_stage: int, optimizer: torch.optim.Optimizer, tied: set[str]
+        self,
+        stage: nn.Module,
+        *,
+        mesh: Mesh,
+        configuration: dict[str, Any],
+        zero_stage: int,
+        optimizer: torch.optim.Optimizer,
+        tied: set[str],
     ) -> None:
-        self.mesh, self.zero_stage, self.tied = mesh, zero_stage, tied
+        self.mesh, self.zero_stage = mesh, zero_stage
         group = mesh.group("alone" if zero_stage == 0 else "dp")
         _scope_trace_checks(group)
-        self.engine, *_ = deepspeed.initialize(model=stage, optimizer=optimizer, mpu=_Axes(mesh, group), config=configuration, dist_init_required=False)
+        self.engine, *_ = deepspeed.initialize(
+            model=stage, optimizer=optimizer, mpu=_Axes(mesh, group), config=configuration, dist_init_required=False
+        )
         self.inner: Any = self.engine.optimizer
         self.sharded = zero_stage == 3
         self.once = bool(configuration["managed_gradient_accumulation"])
         self.before_update: Callable[[list[Piece]], None] | None = None
+        self.owned = (Sharded if self.sharded else Flat)(self.inner, mesh=mesh, tied=tied, replicated=zero_stage == 0)
         self._norm = 0.0
         self._clip = 0.0
         self._step, self.inner.step = self.inner.step, self._finish
@@ -163,8 +175,6 @@ class Zero:
             # The trace is taken over the whole optimizer step instead (see `step`): weights stay gathered between neighbouring
             # uses and prefetching works.
             self.inner.parameter_offload.fwd_pre_hook.remove()
-        self._seed_moments()
-
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -250,78 +260,11 @@ class Zero:
 
     def pieces(self) -> list[Piece]:
         """What this rank owns, parameter by parameter, in a fixed order. Padding is left out."""
-        return list(self._pieces3() if self.sharded else self._pieces12())
-
-    def _piece(self, parameter: nn.Parameter, start: int, flat: Tensor, offset: int, size: int, gradient: Tensor | None) -> Piece:
-        state = self.inner.optimizer.state[flat]
-        cut: Cut = parameter.cut  # type: ignore[attr-defined]
-        tied = cut.name in self.tied
-        mesh = self.mesh
-        return Piece(
-            cut=cut,
-            start=start,
-            master=flat.detach().narrow(0, offset, size),
-            moments={key: state[key].narrow(0, offset, size) for key in ("exp_avg", "exp_avg_sq")},
-            gradient=None if gradient is None else gradient.detach().view(-1).narrow(0, 0, size),
-            tied=tied,
-            first=not (
-                (cut.dim is None and mesh.tp_rank > 0) or (tied and not mesh.first_stage) or (self.zero_stage == 0 and mesh.dp_rank > 0)
-            ),
-        )
-
-    def _pieces3(self) -> Iterator[Piece]:
-        rank = dist.get_rank(self.mesh.group("dp"))
-        for index, parameters in enumerate(self.inner.fp16_groups):
-            flat, offset = self.inner.fp32_partitioned_groups_flat[index], 0
-            gradients = self.inner.averaged_gradients.get(index)
-            for number, parameter in enumerate(parameters):
-                length = parameter.partition_numel()
-                start = min(rank * length, parameter.ds_numel)
-                size = min(length, parameter.ds_numel - start)
-                if size:
-                    yield self._piece(parameter, start, flat, offset, size, gradients[number] if gradients else None)
-                offset += length
-
-    def _pieces12(self) -> Iterator[Piece]:
-        for index, parameters in enumerate(self.inner.bit16_groups):
-            flat = self.inner.single_partition_of_fp32_groups[index]
-            averaged = self.inner.averaged_gradients.get(index)
-            found = [g for g in averaged or () if not getattr(g, "_zero_padding", False)]
-            owned = [parameter for parameter in parameters if parameter._hp_mapping is not None]
-            # a partition may end in padding, which some paths of DeepSpeed do not mark
-            assert not averaged or len(found) - len(owned) in (0, 1), "gradients and parameters of a partition do not match"
-            for number, parameter in enumerate(owned):
-                mapping = parameter._hp_mapping
-                address, fragment = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-                yield self._piece(parameter, address.start, flat, fragment.start, fragment.numel, found[number] if averaged else None)
-
-    def _flats(self) -> list[Tensor]:
-        return self.inner.fp32_partitioned_groups_flat if self.sharded else self.inner.single_partition_of_fp32_groups
-
-    def _seed_moments(self) -> None:
-        """Moments exist from the start, so that a checkpoint can be read into them in place."""
-        for flat in self._flats():
-            state = self.inner.optimizer.state[flat]
-            if "exp_avg" not in state:
-                state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
+        return self.owned.pieces()
 
     def restore(self, steps: int) -> None:
         """After pieces were written from outside (a checkpoint): renew the weights the model computes with; `steps` were taken."""
-        for flat in self._flats():
-            self.inner.optimizer.state[flat]["step"] = torch.tensor(float(steps))
-        if not self.sharded:
-            self.inner.update_lp_params()
-            return
-        self.inner.parameter_offload.partition_all_parameters()
-        for parameters, flat in zip(self.inner.fp16_groups, self.inner.fp32_partitioned_groups_flat, strict=True):
-            offset = 0
-            for parameter in parameters:
-                length = parameter.partition_numel()
-                parameter.ds_tensor.data.copy_(flat.detach().narrow(0, offset, length).view_as(parameter.ds_tensor))
-                offset += length
-        if self.inner.persistent_parameters:
-            self.inner.persistent_parameters[0].partition(self.inner.persistent_parameters)
-            self.inner.persistent_parameters[0].all_gather(self.inner.persistent_parameters)
+        self.owned.restore(steps)
 
 
 def _average(gradients: list[Tensor], group: dist.ProcessGroup) -> None:

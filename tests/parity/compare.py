@@ -5,8 +5,8 @@ again from the pieces the ranks own. `assert_same` compares loss, gradient norm,
 
 The measure is max |a - b| / max |b| of a tensor: relative to the largest element, because a gradient holds many numbers that cancel to
 nearly nothing, whose own relative error says only how they cancelled. Adam's eps is 1e-3, not 1e-8: the gradient of a key's bias is 0 by
-construction (softmax does not see a shift), and with a tiny eps Adam would turn the noise around that 0 into a full step in either direction.
-It also lets a wrongly scaled gradient show in the weights, which a tiny eps would hide.
+construction (softmax does not see a shift), and with a tiny eps Adam would turn the noise around that 0 into a full step either way. It
+also lets a wrongly scaled gradient show in the weights, which a tiny eps would hide.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def batch_of(config: Config, step: int) -> Batch:
         "ids": ids,
         "labels": labels.masked_fill(hidden, -100),
         "segments": (torch.arange(model.sequence) > 7).long().expand(size, -1).contiguous(),
-        "lengths": lengths,
+        "length": lengths,
         "next_sentence": torch.randint(0, 2, (size,), generator=draw),
     }
 
@@ -160,7 +160,9 @@ def assert_same(ours: list[Step], theirs: list[Step], *, tied: dict[str, str], t
     assert len(ours) == len(theirs) >= 3
     for number, (mine, plain) in enumerate(zip(ours, theirs, strict=True)):
         assert abs(mine.loss - plain.loss) <= tolerance * abs(plain.loss), f"step {number}: loss {mine.loss} is not {plain.loss}"
-        assert abs(mine.grad_norm - plain.grad_norm) <= tolerance * plain.grad_norm, f"step {number}: norm {mine.grad_norm} is not {plain.grad_norm}"
+        assert abs(mine.grad_norm - plain.grad_norm) <= tolerance * plain.grad_norm, (
+            f"step {number}: norm {mine.grad_norm} is not {plain.grad_norm}"
+        )
         for what in ("gradients", "weights"):
             a, b = getattr(mine, what), getattr(plain, what)
             assert a.keys() - tied.keys() == b.keys() - tied.keys(), f"step {number}: {what} of other parameters"

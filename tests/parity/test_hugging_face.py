@@ -176,7 +176,7 @@ def bert_batch() -> tuple[models.Batch, dict[str, Tensor]]:
     segments = (torch.arange(SEQUENCE) >= lengths[:, None] // 2).long() * real
     masked = real & (torch.rand(ids.shape, generator=torch.Generator().manual_seed(3)) < 0.3)
     labels, follows = tokens(seed=4).masked_fill(~masked, -100), torch.tensor([0, 1, 1])
-    ours = {**with_labels(ids, labels), "segments": segments, "lengths": lengths}
+    ours = {**with_labels(ids, labels), "segments": segments, "length": lengths}
     ours |= {"next_sentence": follows, "pair_weights": torch.full((SIZE,), 1 / SIZE)}
     theirs = {"input_ids": ids, "token_type_ids": segments, "attention_mask": real.long(), "labels": labels, "next_sentence_label": follows}
     return ours, theirs

@@ -142,7 +142,9 @@ def test_a_finished_run_says_so_and_trains_nothing(shard: str, tmp_path: Path) -
         (("--checkpoint.resume", "/nowhere", "--run.folder", "{fresh}"), "/nowhere is no checkpoint"),
     ],
 )
-def test_what_cannot_be_resumed_is_refused_in_one_line(shard: str, tmp_path_factory: pytest.TempPathFactory, flags: tuple, words: str) -> None:
+def test_what_cannot_be_resumed_is_refused_in_one_line(
+    shard: str, tmp_path_factory: pytest.TempPathFactory, flags: tuple, words: str
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "refused"
     folder.mkdir(exist_ok=True)
     run_file = _run_file(folder, shard)

@@ -36,7 +36,7 @@ def batch(model: Model, *, size: int = 4, sequence: int = 17, seed: int = 0) -> 
         "labels": torch.randint(0, model.vocab, (size, sequence), generator=draw),
         "weights": torch.rand((size, sequence), generator=draw),
         "segments": torch.randint(0, 2, (size, sequence), generator=draw),
-        "lengths": torch.full((size,), sequence),
+        "length": torch.full((size,), sequence),
         "next_sentence": torch.randint(0, 2, (size,), generator=draw),
         "pair_weights": torch.rand((size,), generator=draw),
     }
@@ -160,8 +160,8 @@ def test_bert_sees_both_ways() -> None:
 @given(lengths=st.lists(st.integers(1, 17), min_size=4, max_size=4), padding=st.integers(0, 96))
 def test_bert_does_not_see_padding(lengths: list[int], padding: int) -> None:
     whole, inputs = models.build(BERT, seed=1), batch(BERT)
-    inputs["lengths"] = torch.tensor(lengths)
-    real = torch.arange(17) < inputs["lengths"][:, None]
+    inputs["length"] = torch.tensor(lengths)
+    real = torch.arange(17) < inputs["length"][:, None]
     padded = {**inputs, "ids": inputs["ids"].where(real, padding), "segments": inputs["segments"].where(real, 0)}
     torch.testing.assert_close(logits(whole, padded)[real], logits(whole, inputs)[real])
     for row, length in enumerate(lengths):
@@ -213,7 +213,7 @@ def test_a_position_of_weight_0_adds_nothing_whatever_its_label() -> None:
 @every_model
 def test_the_losses_of_microbatches_add_up_to_that_of_the_batch(model: Model) -> None:
     whole, inputs = models.build(model, seed=1), batch(model)
-    inputs["lengths"] = torch.tensor([17, 3, 9, 12])
+    inputs["length"] = torch.tensor([17, 3, 9, 12])
     with torch.no_grad():
         parts = [whole({name: value[row : row + 1] for name, value in inputs.items()}) for row in range(4)]
         torch.testing.assert_close(torch.stack(parts).sum(0), whole(inputs))

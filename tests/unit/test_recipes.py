@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import BertConfig, BertForPreTraining, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import megalite
-from megalite import config, models
+from megalite import config, ds_config, models
 from megalite.config import Config
 from megalite.models import counts
 
@@ -97,7 +97,7 @@ def test_a_recipe_warms_up_for_a_small_part_of_its_steps(name: str) -> None:
 @pytest.mark.parametrize("name", [*PUBLISHED, *TINY])
 def test_a_recipe_names_a_deepspeed_file_that_goes_with_it(name: str) -> None:
     path = ROOT / "ds_configs" / f"{recipe(name).deepspeed}.json"
-    assert config.deepspeed_document(recipe(name)) == json.loads(path.read_text())
+    assert ds_config.read_document(recipe(name)) == json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
@@ -128,6 +128,6 @@ def test_every_deepspeed_file_is_described() -> None:
 
 def test_the_page_about_deepspeed_names_every_key_and_its_owner() -> None:
     rows = [line for line in (ROOT / "ds_configs" / "README.md").read_text().splitlines() if line.startswith("| ")]
-    for owner, keys in (("run config", config.OWNED), ("DeepSpeed JSON", config.PASSED)):
+    for owner, keys in (("run config", ds_config.OWNED), ("DeepSpeed JSON", ds_config.PASSED)):
         for key in keys:
             assert [row.split(" | ")[0] for row in rows if f"`{key}`" in row.split(" | ")[1]] == [f"| {owner}"], key

@@ -253,6 +253,6 @@ def test_opening_and_sampling_take_no_time_however_many_sentences_there_are(tmp_
         writer.add(np.full(count, 100), lengths=np.ones(count, np.int64), ends=np.arange(3, count + 1, 3))
     began = time.process_time()
     opened = open_train(Data(train=(f"{tmp_path}/large",), tokenizer=wordpiece), model=BERT, seed=0)
-    for number in range(600):
+    for number in range(2000):
         opened.source.sample(number + 10**12)
-    assert time.process_time() - began < 1.5  # one look at the whole index a sample would take twice that
+    assert time.process_time() - began < 2  # one look at the whole index a sample would take twice that
