@@ -31,6 +31,7 @@ def batch(model: Model, size: int, sequence: int) -> models.Batch:
         "labels": ids,
         "weights": torch.full(ids.shape, 1 / ids.numel()),
         "segments": torch.zeros_like(ids),
+        "length": torch.full((ids.shape[0],), ids.shape[1]),
         "next_sentence": torch.zeros(size, dtype=torch.long),
         "pair_weights": torch.full((size,), 1 / size),
     }
