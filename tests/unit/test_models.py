@@ -165,7 +165,7 @@ def test_bert_does_not_see_padding(lengths: list[int], padding: int) -> None:
     padded = {**inputs, "ids": inputs["ids"].where(real, padding), "segments": inputs["segments"].where(real, 0)}
     torch.testing.assert_close(logits(whole, padded)[real], logits(whole, inputs)[real])
     for row, length in enumerate(lengths):
-        alone = {name: inputs[name][row : row + 1, :length] for name in ("ids", "segments")}
+        alone = {name: inputs[name][row : row + 1, :length] for name in ("ids", "segments")} | {"length": torch.tensor([length])}
         torch.testing.assert_close(logits(whole, padded)[row, :length], logits(whole, alone)[0], rtol=1e-5, atol=1e-5)
 
 
