@@ -7,6 +7,8 @@ ever holds more than one layer beside its own shard.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +99,7 @@ class Engine:
             for parameter in layer.parameters():
                 known[parameter.cut.name] = parameter  # type: ignore[attr-defined]
             parts[name] = layer
+            _trim_heap()
         return Stage(parts)
 
     @torch.no_grad()
@@ -167,3 +170,13 @@ class Engine:
             total = torch.stack(losses).sum(0) / self.mesh.dp
         dist.all_reduce(total)
         return dict(zip(names, total.tolist(), strict=True))
+
+
+def _trim_heap() -> None:
+    """Give freed pages back to the system: whole layers come and go between small shards that stay, and glibc would keep the holes.
+
+    Without it a rank's memory was seen to grow by most of the model while building (4 ranks, ZeRO-3, CPU). Elsewhere than glibc: nothing.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,80 @@
+"""What a rank holds: its shard, and while building one layer beside it."""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalite import launch, models
+from megalite.config import Config
+from megalite.models import counts
+
+MIB = 2**20
+
+
+def _resident() -> int:
+    """Bytes of this process's own memory; pages of libraries, which come in when first used, are left out."""
+    return int(re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+
+
+class _Peak(threading.Thread):
+    """The highest `_resident` since the start, looked at every millisecond."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before = self.highest = _resident()
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.001):
+            self.highest = max(self.highest, _resident())
+
+
+def _config(**mesh: int) -> Config:
+    """Twelve blocks of 3.1 M parameters, 38 M in all: 151 MB in fp32."""
+    return Config.model_validate(
+        {
+            "model": {"layers": 12, "width": 512, "heads": 8, "vocab": 1000, "sequence": 16},
+            "mesh": mesh,
+            "train": {"global_batch": 8, "micro_batch": 1, "precision": "fp32"},
+        }
+    )
+
+
+def _build(rank: int, *, config: Config, stage: int) -> int:
+    """Bytes that building the stage took at its peak, above what the rank held before."""
+    from megalite.engine import Engine
+    from megalite.mesh import Mesh
+    from megalite.parallel import zero
+
+    mesh = Mesh.start(dp=config.mesh.dp or 1, pp=config.mesh.pp, tp=config.mesh.tp, device=torch.device("cpu"))
+    zero.start()
+    engine = Engine.__new__(Engine)
+    engine.config, engine.mesh, engine.dtype = config, mesh, torch.float32
+    document = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    configuration = zero.settings(document, precision="fp32", micro_batch=1, reduce="microbatch")
+    peak = _Peak()
+    peak.start()
+    kept = engine._build(shard=stage == 3, configuration=configuration)
+    peak.done.set()
+    peak.join()
+    assert kept.order
+    return peak.highest - peak.before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to see a process's peak memory")
+@pytest.mark.parametrize(("mesh", "stage"), [({"dp": 4}, 3), ({"pp": 4}, 1), ({"tp": 4}, 1), ({"dp": 2, "pp": 2}, 3)])
+def test_building_holds_one_layer_beside_the_shard(mesh: dict[str, int], stage: int) -> None:
+    config = _config(**mesh)
+    parameters = counts.num_parameters(config.model)
+    layer = max(sum(p.numel() for p in make().parameters()) for _, make in models.layers(config.model))
+    share = 4 * parameters / 4  # bytes of a quarter of the model, as every one of these meshes gives a rank; stages are not quite even
+    peaks = launch.run_ranks(4, functools.partial(_build, config=config, stage=stage), warm=("megalite.engine",))
+    assert max(peaks) < 1.35 * share + 2 * 4 * layer + 16 * MIB, [f"{peak / MIB:.0f} MiB" for peak in peaks]
+    assert max(peaks) < 4 * parameters, "a rank held the whole model"
+    assert min(peaks) > 0.5 * share, "the measure does not see the weights at all"

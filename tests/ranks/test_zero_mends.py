@@ -1,0 +1,100 @@
+"""Each mend of DeepSpeed in parallel/zero.py is still needed: taken out, something breaks.
+
+When one of these fails, DeepSpeed has changed: see whether the mend can go, and docs/design/zero.md with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megalite import launch
+from megalite.crew import RankError
+from megalite.mesh import Mesh
+from megalite.parallel import zero
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))
+from compare import config_of, difference, on_mesh, reference
+
+
+@contextmanager
+def _only_the_trace(self: zero.Zero) -> Iterator[None]:
+    """`Zero.step` without zeroing the gradient partition."""
+    self._coordinator().reset_step()
+    yield
+
+
+def _only_the_engine(self: zero.Zero, scalar: Tensor) -> None:
+    """`Zero.backward` without telling DeepSpeed to add."""
+    self.engine.backward(scalar)
+
+
+def test_deepspeed_loses_microbatches_when_all_forwards_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero.Zero, "step", _only_the_trace)
+    monkeypatch.setattr(zero.Zero, "backward", _only_the_engine)
+    config = config_of(dp=2, pp=2, schedule="gpipe")
+    ours, plain = on_mesh(config, zero=3)[0], reference(config)[0]
+    assert max(difference(ours.gradients[name], exact) for name, exact in plain.gradients.items()) > 0.1
+
+
+def test_deepspeed_compares_the_modules_of_stages_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers 0-1 on one stage, 2 and the head on the other: not the same modules, which DeepSpeed takes for an error or waits for."""
+    monkeypatch.setattr(zero, "_scope_trace_checks", lambda group: None)
+    monkeypatch.setattr("compare.launch.run_ranks", _impatient(launch.run_ranks))
+    with pytest.raises(RankError):
+        on_mesh(config_of(pp=2, layers=4), zero=3)
+
+
+def _impatient(run_ranks):  # noqa: ANN001, ANN202
+    return lambda world, work, **others: run_ranks(world, work, timeout=10, **others)
+
+
+def _plain_deepspeed(rank: int, *, stage: int, precision: str) -> tuple[str, float]:
+    import deepspeed
+
+    zero.start()
+    mesh = Mesh.start(dp=1, pp=1, tp=1, device=torch.device("cpu"))
+    layer = nn.Linear(8, 8).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    configuration = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": stage},
+    }
+    engine, *_ = deepspeed.initialize(
+        model=layer, optimizer=torch.optim.AdamW(layer.parameters()), config=configuration, mpu=zero._Axes(mesh, mesh.group("dp"))
+    )
+    engine.backward(engine(torch.ones(1, 8, dtype=layer.weight.dtype)).float().sum())
+    engine.step()
+    return type(engine.optimizer).__name__, float(engine.get_global_grad_norm() or 0)
+
+
+def test_deepspeeds_stage_0_knows_no_gradient_norm() -> None:
+    ((_, norm),) = launch.run_ranks(1, lambda rank: _plain_deepspeed(rank, stage=0, precision="fp32"))
+    assert norm == 0
+
+
+def test_deepspeeds_stage_1_is_another_optimizer_in_bf16() -> None:
+    ((bf16, _),) = launch.run_ranks(1, lambda rank: _plain_deepspeed(rank, stage=1, precision="bf16"))
+    ((fp32, _),) = launch.run_ranks(1, lambda rank: _plain_deepspeed(rank, stage=1, precision="fp32"))
+    assert bf16 != fp32
+
+
+def test_deepspeed_would_compile_an_operation_at_the_start() -> None:
+    import deepspeed.comm.torch  # noqa: F401
+
+    backend = sys.modules["deepspeed.comm.torch"]
+    assert "build_shm_op()" in inspect.getsource(backend.TorchBackend.__init__)
+
+
+def test_deepspeed_records_a_trace_per_root_forward() -> None:
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+    assert "fwd_pre_hook" in inspect.getsource(DeepSpeedZeRoOffload.setup_zero_stage3_hooks)
