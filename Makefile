@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain pretrain-bert lint test test-all parity bench-prepare clean
+.PHONY: help install pretrain pretrain-bert lint test test-all parity gpu bench-prepare clean
 
 help:  ## what there is to do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ test-all: lint  ## slow tests too: every layout with every model
 
 parity: .venv/.developer  ## every mesh x ZeRO x reduction x schedule x model against one process
 	$(BIN)/python -m pytest tests/parity/test_layouts.py
+
+gpu: .venv/.developer  ## what needs a GPU
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 bench-prepare: .venv/.developer  ## MB per CPU-second of `megalite prepare`
 	$(BIN)/python tests/bench_prepare.py

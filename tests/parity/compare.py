@@ -105,6 +105,11 @@ def on_mesh(config: Config, *, zero: dict | int = 0, steps: int = STEPS) -> list
     mesh = config.mesh
     world = (mesh.dp or 1) * mesh.pp * mesh.tp
     ranks = launch.run_ranks(world, functools.partial(_work, config=config, document=document, steps=steps), warm=("megalite.engine",))
+    return assemble(ranks, steps=steps)
+
+
+def assemble(ranks: list, *, steps: int) -> list[Step]:
+    """What every rank answered in `_work`, put together: whole gradients and weights of every step."""
     history = []
     for step in range(steps):
         losses = {rank[step][0] for rank in ranks}
@@ -125,11 +130,11 @@ def on_mesh(config: Config, *, zero: dict | int = 0, steps: int = STEPS) -> list
     return history
 
 
-def _work(rank: int, *, config: Config, document: dict, steps: int) -> list:
+def _work(rank: int, *, config: Config, document: dict, steps: int, device: str = "cpu") -> list:
     from megalite.engine import Engine
     from megalite.mesh import Mesh
 
-    mesh = Mesh.start(dp=config.mesh.dp or 1, pp=config.mesh.pp, tp=config.mesh.tp, device=torch.device("cpu"))
+    mesh = Mesh.start(dp=config.mesh.dp or 1, pp=config.mesh.pp, tp=config.mesh.tp, device=torch.device(device))
     engine = Engine(config, mesh, document=document)
     seen: list = []
     engine.zero.before_update = lambda pieces: seen.append([(p.cut, p.start, p.gradient.clone()) for p in pieces])

@@ -52,7 +52,7 @@ def test_deepspeed_compares_the_modules_of_stages_with_each_other(monkeypatch: p
         on_mesh(config_of(pp=2, layers=4), zero=3)
 
 
-def _impatient(run_ranks):  # noqa: ANN001, ANN202
+def _impatient(run_ranks):
     return lambda world, work, **others: run_ranks(world, work, timeout=10, **others)
 
 

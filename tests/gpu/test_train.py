@@ -1,0 +1,73 @@
+"""One GPU: the same numbers as one process on the CPU, and a run of a published recipe that says its MFU. `make gpu` runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megalite.data.shards import Writer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))
+from compare import assert_same, config_of, reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+ONE_RANK = """
+import os, pickle, sys
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
+sys.path.insert(0, {parity!r})
+import torch, torch.distributed as dist
+from compare import Step, _work, config_of
+torch.cuda.set_device(0)
+dist.init_process_group("nccl")
+steps = _work(0, config=config_of(), document={{"zero_optimization": {{"stage": {stage}, "stage3_param_persistence_threshold": 0}}}}, steps=3,
+              device="cuda")
+home = lambda owned: [(cut, start, flat.cpu()) for cut, start, flat in owned]
+cpu = [(loss, norm, home(gradients), home(weights)) for loss, norm, gradients, weights in steps]
+pickle.dump(cpu, open({answer!r}, "wb"))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_gpu_computes_what_one_process_on_the_cpu_computes(stage: int, tmp_path: Path) -> None:
+    import pickle
+
+    from compare import assemble
+
+    answer, parity = tmp_path / "steps.pickle", str(Path(__file__).parent.parent / "parity")
+    subprocess.run([sys.executable, "-c", ONE_RANK.format(parity=parity, stage=stage, answer=str(answer))], check=True, timeout=300)
+    assert_same(
+        assemble([pickle.loads(answer.read_bytes())], steps=3), reference(config_of()), tied={"head.project.weight": "embed.token.weight"}
+    )
+
+
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
+def test_a_recipe_trains_on_one_gpu_and_says_its_mfu(deepspeed: str, tmp_path: Path) -> None:
+    prefix = str(tmp_path / "random")
+    with Writer(f"{prefix}.train", vocab_size=50257) as writer:
+        writer.add(np.random.default_rng(0).integers(0, 50257, 2_000_000).astype(np.uint16))
+    flags = [
+        "--data.train",
+        prefix,
+        "--run.folder",
+        str(tmp_path / "run"),
+        "--train.steps",
+        "6",
+        "--log.every",
+        "1",
+        "--deepspeed",
+        deepspeed,
+    ]
+    mesh = ["--mesh.dp", "1", "--mesh.pp", "1", "--mesh.tp", "1", "--train.global-batch", "64", "--train.micro-batch", "16"]
+    subprocess.run([sys.executable, "-m", "megalite", "train", "gpt2-124m", *flags, *mesh], check=True, timeout=600)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    assert len(trained) == 6 and all(np.isfinite(line["loss"]) for line in trained)
+    assert all(line["mfu"] and 0 < line["mfu"] < 1 for line in trained), "the peak of this GPU is unknown to megalite.hardware"
