@@ -26,8 +26,8 @@ import torch, torch.distributed as dist
 from compare import Step, _work, config_of
 torch.cuda.set_device(0)
 dist.init_process_group("nccl")
-steps = _work(0, config=config_of(), document={{"zero_optimization": {{"stage": {stage}, "stage3_param_persistence_threshold": 0}}}}, steps=3,
-              device="cuda")
+document = {{"zero_optimization": {{"stage": {stage}, "stage3_param_persistence_threshold": 0}}}}
+steps = _work(0, config=config_of(), document=document, steps=3, device="cuda")
 home = lambda owned: [(cut, start, flat.cpu()) for cut, start, flat in owned]
 cpu = [(loss, norm, home(gradients), home(weights)) for loss, norm, gradients, weights in steps]
 pickle.dump(cpu, open({answer!r}, "wb"))

@@ -115,34 +115,46 @@ def assemble(ranks: list, *, steps: int) -> list[Step]:
         losses = {rank[step][0] for rank in ranks}
         norms = {rank[step][1] for rank in ranks}
         assert len(losses) == len(norms) == 1, f"ranks disagree: losses {losses}, norms {norms}"
-        gradients, weights = ({}, {})
-        for kind, into in ((2, gradients), (3, weights)):
-            for rank in ranks:
-                for cut, start, flat in rank[step][kind]:
-                    full = into.setdefault(cut.name, torch.full(cut.shape, float("nan")))
-                    for block in cut.rectangles(start, start + flat.numel()):
-                        place = full[tuple(slice(o, o + n) for o, n in zip(block.offsets, block.sizes, strict=True))]
-                        values = flat[block.start - start : block.stop - start].view(block.sizes)
-                        known = ~place.isnan()  # copies (tp replicas, ZeRO 0, both ends of a tie) must be bitwise equal
-                        assert torch.equal(place[known], values[known]), f"copies of {cut.name} differ"
-                        place.copy_(values)
+        gradients, weights = (put_together([rank[step][kind] for rank in ranks]) for kind in (2, 3))
         history.append(Step(losses.pop(), norms.pop(), gradients, weights))
     return history
 
 
-def _work(rank: int, *, config: Config, document: dict, steps: int, device: str = "cpu") -> list:
+def put_together(owned: list[list[tuple]]) -> dict[str, Tensor]:
+    """Whole tensors from the (cut, start, flat) of every rank. Copies (tp, ZeRO 0, both ends of a tie) must be equal bit for bit."""
+    whole: dict[str, Tensor] = {}
+    for cut, start, flat in (piece for pieces in owned for piece in pieces):
+        full = whole.setdefault(cut.name, torch.full(cut.shape, float("nan")))
+        for block in cut.rectangles(start, start + flat.numel()):
+            place = full[tuple(slice(o, o + n) for o, n in zip(block.offsets, block.sizes, strict=True))]
+            values = flat[block.start - start : block.stop - start].view(block.sizes)
+            known = ~place.isnan()
+            assert torch.equal(place[known], values[known]), f"copies of {cut.name} differ"
+            place.copy_(values)
+    return whole
+
+
+def start_engine(config: Config, document: dict, device: str = "cpu"):
     from megalite.engine import Engine
     from megalite.mesh import Mesh
 
     mesh = Mesh.start(dp=config.mesh.dp or 1, pp=config.mesh.pp, tp=config.mesh.tp, device=torch.device(device))
-    engine = Engine(config, mesh, document=document)
+    return Engine(config, mesh, document=document)
+
+
+def masters(engine) -> list[tuple]:
+    return [(piece.cut, piece.start, piece.master.clone()) for piece in engine.zero.pieces()]
+
+
+def _work(rank: int, *, config: Config, document: dict, steps: int, device: str = "cpu") -> list:
+    engine = start_engine(config, document, device)
     seen: list = []
     engine.zero.before_update = lambda pieces: seen.append([(p.cut, p.start, p.gradient.clone()) for p in pieces])
     history = []
     for step in range(steps):
-        report = engine.step(step, microbatches(batch_of(config, step), config, mesh.dp, mesh.dp_rank))
-        weights = [(p.cut, p.start, p.master.clone()) for p in engine.zero.pieces()]
-        history.append((report.loss, report.grad_norm, seen.pop(), weights))
+        mine = microbatches(batch_of(config, step), config, engine.mesh.dp, engine.mesh.dp_rank)
+        report = engine.step(step, mine)
+        history.append((report.loss, report.grad_norm, seen.pop(), masters(engine)))
     return history
 
 

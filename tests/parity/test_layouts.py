@@ -10,9 +10,10 @@ import functools
 import itertools
 
 import pytest
-from compare import STEPS, Step, assert_same, config_of, on_mesh, reference
+import torch
+from compare import STEPS, Step, assert_same, config_of, masters, on_mesh, put_together, reference, start_engine
 
-from megalite import models
+from megalite import launch, models
 from megalite.config import Config
 
 MODELS = {
@@ -101,3 +102,15 @@ def test_without_clipping_nothing_is_clipped() -> None:
     config = _config("dp2-tp2", "llama-untied", clip=0.0)
     plain = reference(config.model_copy(update={"train": config.train.model_copy(update={"clip": 1e9})}))
     assert_same(on_mesh(config, zero=2), plain, tied={})
+
+
+@pytest.mark.parametrize(("mesh", "zero"), [("dp2-pp2-tp2", 3), ("tp4", 2), ("pp3", 0)])
+@pytest.mark.parametrize("model", ["llama-untied", "bert"])
+def test_initial_weights_are_a_function_of_seed_and_name(mesh: str, zero: int, model: str) -> None:
+    config = _config(mesh, model)
+    document = {"zero_optimization": {"stage": zero}}
+    world = (config.mesh.dp or 1) * config.mesh.pp * config.mesh.tp
+    ranks = launch.run_ranks(world, lambda rank: masters(start_engine(config, document)), warm=("megalite.engine",))
+    whole = models.build(config.model, seed=config.run.seed)
+    for name, weight in put_together(ranks).items():
+        assert torch.equal(weight, whole.get_parameter(models.tied(config.model).get(name, name))), name

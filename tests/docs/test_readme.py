@@ -1,0 +1,71 @@
+"""The README's commands run, its tree is the tree, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalite import cli, config
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def _commands(mark: str) -> list[str]:
+    blocks = re.findall(rf"^```{mark}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the root of a clone to commands with relative paths."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "ds_configs").symlink_to(ROOT / "ds_configs")
+    return folder
+
+
+def test_the_commands_run_and_print_the_same_losses(clone: Path) -> None:
+    """In the README's order, in one folder; training is cut to 3 steps by flags behind the README's own."""
+    commands = [shlex.split(line) for line in _commands("sh") if line.startswith("megalite ")]
+    assert len(commands) >= 4
+    for command in commands:
+        short = ["--train.steps", "3", "--log.every", "1", "--validation.batches", "1"] if command[1] == "train" else []
+        if command[2] == "bert-tiny":
+            continue  # prepares its own corpus: minutes; its recipe is trained by test_recipes and by `make pretrain-bert`
+        done = subprocess.run([sys.executable, "-m", *command, *short], cwd=clone, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr + done.stdout
+    losses = {}
+    for run in ("first", "other", "third"):
+        lines = [json.loads(line) for line in (clone / f"runs/{run}/metrics.jsonl").read_text().splitlines()]
+        losses[run] = [line["loss"] for line in lines if "loss" in line]
+        assert len(losses[run]) == 3
+    assert losses["other"] == pytest.approx(losses["first"], rel=1e-5)
+    assert losses["third"] == pytest.approx(losses["first"], rel=1e-5)
+
+
+@pytest.mark.parametrize("command", _commands("sh gpu"))
+def test_the_gpu_commands_are_runs_that_fit_their_ranks(command: str) -> None:
+    words = shlex.split(command)
+    at = words.index("train")
+    run = config.load(words[at + 1], overrides=cli.read_flags(words[at + 2 :], config.Config))
+    per_node = int(words[words.index("--nproc-per-node") + 1]) if "--nproc-per-node" in words else 8
+    assert config.resolve_mesh(run, per_node).mesh.dp is not None
+
+
+@pytest.mark.parametrize("line", [line for line in _commands("sh") if line.startswith("make ")])
+def test_the_make_targets_exist(line: str) -> None:
+    done = subprocess.run(["make", "--dry-run", *line.split()[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_tree_names_every_module_and_nothing_else() -> None:
+    tree = README.split("## The tree")[1]
+    named = set(re.findall(r"\b(\w+)\.py\b", tree))
+    there = {path.stem for path in (ROOT / "megalite").rglob("*.py") if not path.stem.startswith("__")}
+    assert named == there, f"only in the README: {sorted(named - there)}; only in the tree: {sorted(there - named)}"
