@@ -132,8 +132,10 @@ class Train(Section):
     """Sequences a rank takes at once; global_batch / (dp x micro_batch) microbatches make a step."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Type of weights and activations; master weights and moments are always fp32."""
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Order of the microbatches in the pipeline."""
+    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
+    """Order of the microbatches in the pipeline; interleaved: 1f1b with several chunks of layers a rank, which shortens the bubble."""
+    chunks: PositiveInt | None = None
+    """Chunks of layers a rank holds under the interleaved schedule; left out: 2."""
     reduce: Literal["microbatch", "step"] | None = None
     """ZeRO-2 and 3 reduce gradients after every microbatch (they stay sharded; the default) or once a step (less traffic, more memory)."""
     clip: NonNegativeFloat = 1.0
@@ -198,6 +200,11 @@ class Config(Section):
     log: Log = Log()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of layers a rank holds."""
+        return (self.train.chunks or 2) if self.train.schedule == "interleaved" else 1
 
 
 def run_folder(config: Config) -> Path:
@@ -288,19 +295,18 @@ def resolve_mesh(config: Config, world: int) -> Config:
     for what, value in (("model.heads", model.heads), ("model.kv_heads", model.num_kv_heads)):
         if value % mesh.tp:
             raise UserError(f"{what} = {value} is not divisible by mesh.tp = {mesh.tp}; lower mesh.tp to a divisor of {value}")
-    if mesh.pp > model.layers + 2:
-        raise UserError(f"mesh.pp = {mesh.pp} stages, but {model.layers} blocks, embedding and head make {model.layers + 2}; lower mesh.pp")
+    _check_stages(config)
     if train.global_batch % (dp * train.micro_batch):
         raise UserError(
             f"train.global_batch = {train.global_batch} is not divisible by mesh.dp x train.micro_batch = {dp} x {train.micro_batch}; "
             f"choose a multiple of {dp * train.micro_batch}"
         )
     microbatches = train.global_batch // (dp * train.micro_batch)
+    made = f"{microbatches} microbatches (global_batch {train.global_batch} / dp {dp} / micro_batch {train.micro_batch})"
     if train.schedule == "1f1b" and microbatches < mesh.pp:
-        raise UserError(
-            f"{microbatches} microbatches (global_batch {train.global_batch} / dp {dp} / micro_batch {train.micro_batch}) cannot fill "
-            f"mesh.pp = {mesh.pp} stages under 1f1b; raise train.global_batch or lower train.micro_batch"
-        )
+        raise UserError(f"{made} cannot fill mesh.pp = {mesh.pp} stages under 1f1b; raise train.global_batch or lower train.micro_batch")
+    if train.schedule == "interleaved" and microbatches % max(1, microbatches // mesh.pp):
+        raise UserError(f"{made} are no equal rounds of about mesh.pp = {mesh.pp}, which interleaved needs; change train.global_batch")
     if train.precision == "fp16":
         raise UserError("train.precision = fp16 needs a loss scale that the whole mesh agrees on, which is not there yet; use bf16 or fp32")
     if config.data.sequence and config.data.sequence > model.sequence:
@@ -308,3 +314,17 @@ def resolve_mesh(config: Config, world: int) -> Config:
     if model.vocab is not None and model.vocab < mesh.tp:
         raise UserError(f"model.vocab = {model.vocab} is smaller than mesh.tp = {mesh.tp}; lower mesh.tp")
     return config.model_copy(update={"mesh": mesh.model_copy(update={"dp": dp})})
+
+
+def _check_stages(config: Config) -> None:
+    mesh, model, train = config.mesh, config.model, config.train
+    if train.chunks and train.schedule != "interleaved":
+        raise UserError(
+            f"train.chunks = {train.chunks} is for train.schedule = interleaved, this one is {train.schedule}; leave one of them out"
+        )
+    if train.schedule == "interleaved" and mesh.pp == 1:
+        raise UserError("train.schedule = interleaved needs several stages, but mesh.pp = 1; raise mesh.pp or use 1f1b")
+    needed, there = mesh.pp * config.num_chunks, model.layers + 2
+    if needed > there:
+        chunks = f" x {config.num_chunks} chunks" if config.num_chunks > 1 else ""
+        raise UserError(f"mesh.pp = {mesh.pp} stages{chunks}, but {model.layers} blocks, embedding and head make {there}; lower mesh.pp")

@@ -41,16 +41,17 @@ class Report:
 
 
 class Stage(nn.Module):
-    """This rank's layers, under the names they have in the whole model: x or ids in, hidden state or loss out."""
+    """This rank's layers, under the names they have in the whole model; several chunks of them when the schedule is interleaved."""
 
-    def __init__(self, parts: dict[str, nn.Module]) -> None:
+    def __init__(self, chunks: list[dict[str, nn.Module]]) -> None:
         super().__init__()
-        for name, part in parts.items():
+        for name, part in (item for chunk in chunks for item in chunk.items()):
             models.attach(self, name, part)
-        self.order = list(parts)
+        self.orders = [list(chunk) for chunk in chunks]
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        for name in self.order:
+    def forward(self, x: Tensor, batch: Batch, chunk: int = 0) -> Tensor:
+        """Ids (b, s) or a hidden state (b, s, d) in, a hidden state or the parts of the loss out."""
+        for name in self.orders[chunk]:
             x = self.get_submodule(name)(x, batch)
         return x
 
@@ -78,6 +79,7 @@ class Engine:
             self.zero,
             mesh=mesh,
             schedule=config.train.schedule,
+            num_chunks=config.num_chunks,
             num_microbatches=self.num_microbatches,
             hidden=torch.empty(config.train.micro_batch, sequence, config.model.width, dtype=self.dtype, device="meta"),
             loss=torch.empty(len(models.parts(config.model)), device="meta"),
@@ -86,10 +88,11 @@ class Engine:
     def _build(self, *, shard: bool, configuration: dict[str, Any]) -> Stage:
         model, mesh = self.config.model, self.mesh
         layers, plan, tied = models.layers(model), models.plan(model), models.tied(model)
-        mine = stages.assign(counts.layer_costs(model, self.config.data.sequence or model.sequence), mesh.pp)[mesh.pp_rank]
-        parts: dict[str, nn.Module] = {}
+        costs = counts.layer_costs(model, self.config.data.sequence or model.sequence)
+        mine = stages.assign(costs, mesh.pp * self.config.num_chunks)[mesh.pp_rank :: mesh.pp]
+        chunks: list[dict[str, nn.Module]] = [{} for _ in mine]
         known: dict[str, nn.Parameter] = {}
-        for name, make in layers[mine.start : mine.stop]:
+        for number, (name, make) in ((n, layer) for n, place in enumerate(mine) for layer in layers[place.start : place.stop]):
             with torch.device("meta"):
                 layer = make()
             tensor.cut(layer, name, plan=plan, mesh=mesh)
@@ -98,9 +101,9 @@ class Engine:
                 zero.shard(layer, configuration=configuration, mesh=mesh, dtype=self.dtype)
             for parameter in layer.parameters():
                 known[parameter.cut.name] = parameter  # type: ignore[attr-defined]
-            parts[name] = layer
+            chunks[number][name] = layer
             _trim_heap()
-        return Stage(parts)
+        return Stage(chunks)
 
     @torch.no_grad()
     def _draw(self, layer: nn.Module, known: dict[str, nn.Parameter], tied: dict[str, str]) -> None:

@@ -4,22 +4,24 @@ In: a `Zero` around this rank's layers, the microbatches.  Out: the losses on th
 Every stage reads its own ids, labels and masks, so one tensor travels between stages: the hidden state. One stage is a pipeline of
 one, by the same path.
 
-GPipe: Huang et al. 2018, arXiv:1811.06965. 1F1B: Narayanan et al. 2019 (PipeDream), flushed as in Narayanan et al. 2021, arXiv:2104.04473.
+GPipe: Huang et al. 2018, arXiv:1811.06965. 1F1B and interleaved 1F1B with flushes: Narayanan et al. 2021, arXiv:2104.04473.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
 from megalite.mesh import Mesh
 from megalite.parallel.zero import Zero
 
 Batch = dict[str, Tensor]
-SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+SCHEDULES: dict[str, Any] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, "interleaved": ScheduleInterleaved1F1B}
 
 
 class _Stage(PipelineStage):
@@ -39,27 +41,47 @@ class _Stage(PipelineStage):
         return tuple(getattr(value, "grad", None) for value in bwd_kwargs["input_values"]), None
 
 
+class _Chunk(nn.Module):
+    """One chunk of the rank's layers, as the schedule calls it; the layers themselves belong to DeepSpeed's engine."""
+
+    def __init__(self, zero: Zero, number: int) -> None:
+        super().__init__()
+        self.call = functools.partial(zero.engine, chunk=number)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        return self.call(x, batch)
+
+
 class Pipeline:
-    """Runs training and validation steps of `num_microbatches` microbatches.
+    """Runs training and validation steps of `num_microbatches` microbatches over pp x `num_chunks` stages.
 
     `hidden` (b, s, d) and `loss` (parts,) are meta tensors: what travels between stages, what the last one puts out.
     """
 
-    def __init__(self, zero: Zero, *, mesh: Mesh, schedule: str, num_microbatches: int, hidden: Tensor, loss: Tensor) -> None:
-        self.zero, self.mesh, self.num_microbatches = zero, mesh, num_microbatches
-        ids = torch.empty(hidden.shape[:2], dtype=torch.int64, device="meta")
+    def __init__(
+        self, zero: Zero, *, mesh: Mesh, schedule: str, num_chunks: int, num_microbatches: int, hidden: Tensor, loss: Tensor
+    ) -> None:
+        self.zero = zero
         hidden, loss = hidden.requires_grad_(), loss.requires_grad_()  # decides whether a gradient is sent back
-        self.stage = _Stage(
-            zero.engine,
-            mesh.pp_rank,
-            mesh.pp,
-            mesh.device,
-            input_args=(ids if mesh.first_stage else hidden,),
-            output_args=(loss if mesh.last_stage else hidden,),
-            group=mesh.group("pp"),
-        )
-        self.stage.zero = zero
-        self.schedule = SCHEDULES[schedule](self.stage, num_microbatches, loss_fn=lambda output, _: output, scale_grads=False)
+        ids = torch.empty(hidden.shape[:2], dtype=torch.int64, device="meta")
+        last = mesh.pp * num_chunks - 1
+        self.stages = []
+        for number in range(num_chunks):
+            index = mesh.pp_rank + number * mesh.pp
+            stage = _Stage(
+                _Chunk(zero, number),
+                index,
+                last + 1,
+                mesh.device,
+                input_args=(ids if index == 0 else hidden,),
+                output_args=(loss if index == last else hidden,),
+                group=mesh.group("pp"),
+            )
+            stage.zero = zero
+            self.stages.append(stage)
+        kind = SCHEDULES[schedule]
+        mine = self.stages if issubclass(kind, PipelineScheduleMulti) else self.stages[0]
+        self.schedule = kind(mine, num_microbatches, loss_fn=lambda output, _: output, scale_grads=False)
 
     def train(self, microbatches: list[Batch]) -> list[Tensor]:
         """Forward and backward of every microbatch; their losses (parts,) on the last stage, nothing elsewhere."""
@@ -72,12 +94,14 @@ class Pipeline:
             return self._run(microbatches, train=False)
 
     def _run(self, microbatches: list[Batch], *, train: bool = True) -> list[Tensor]:
+        """torch's `step`, but for microbatches that are cut already: it would cut tensors, and put outputs together again."""
         losses: list[Tensor] = []
         targets: list[None] = [None] * len(microbatches)
-        args = [(batch["ids"],) if self.stage.is_first else () for batch in microbatches]
+        args = [(batch["ids"],) if self.stages[0].is_first else () for batch in microbatches]
         kwargs = [{"batch": batch} for batch in microbatches]
-        schedule = self.schedule
-        self.stage.has_backward = schedule._has_backward = train
-        self.stage.clear_runtime_states()
-        schedule._step_microbatches(args, kwargs, targets, losses, return_outputs=False)
+        self.schedule._has_backward = train
+        for stage in self.stages:
+            stage.has_backward = train
+            stage.clear_runtime_states()
+        self.schedule._step_microbatches(args, kwargs, targets, losses, return_outputs=False)
         return [loss.detach() for loss in losses]

@@ -63,7 +63,7 @@ def _build(rank: int, *, config: Config, stage: int) -> int:
     kept = engine._build(shard=stage == 3, configuration=configuration)
     peak.done.set()
     peak.join()
-    assert kept.order
+    assert kept.orders
     return peak.highest - peak.before
 
 

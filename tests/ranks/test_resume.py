@@ -102,8 +102,12 @@ def test_killed_and_resumed_equals_never_stopped_bit_for_bit(shard: str, tmp_pat
         assert np.array_equal(ours[name], theirs[name]), name
 
 
-def test_validating_and_saving_changes_nothing(shard: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_validating_and_saving_changes_nothing(schedule: str, shard: str, tmp_path: Path) -> None:
     run_file = _run_file(tmp_path, shard)
+    document = yaml.safe_load(run_file.read_text())
+    document["train"]["schedule"] = schedule
+    run_file.write_text(yaml.safe_dump(document))
     _finish(_train(run_file, tmp_path / "often", "--validation.every", "1", "--checkpoint.every", "1"))
     _finish(_train(run_file, tmp_path / "never", "--validation.every", "0", "--checkpoint.every", "0"))
     assert _losses(tmp_path / "often") == _losses(tmp_path / "never")
