@@ -27,7 +27,7 @@ pretrain: install  ## corpus -> tokenizer -> shards -> a GPT trained on 8 ranks 
 	$(BIN)/megalite train gpt-tiny
 
 pretrain-bert: install  ## the same for BERT
-	$(BIN)/megalite prepare stdlib --output data/stdlib-bert --tokenizer train:wordpiece --vocab-size 4096
+	$(BIN)/megalite prepare stdlib --output data/stdlib-bert --tokenizer train:wordpiece --vocab-size 2048
 	$(BIN)/megalite train bert-tiny
 
 lint: .venv/.developer  ## style, types, import contracts
