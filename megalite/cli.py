@@ -33,6 +33,8 @@ Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor pa
 
 `megalite VERB --help` explains every flag."""
 
+SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a switch; none: where a setting may be left out
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
@@ -67,7 +69,7 @@ def prepare(arguments: list[str]) -> None:
     try:
         preparation = preparing.Preparation.model_validate(found)
     except ValidationError as error:
-        raise UserError(settings.explain(error, preparing.Preparation)) from None
+        raise UserError(f"{settings.explain(error, preparing.Preparation)}; megalite prepare --help explains every flag") from None
     preparing.prepare(preparation)
 
 
@@ -109,20 +111,13 @@ def read_flags(arguments: Sequence[str], schema: type[BaseModel], *, positional:
         if path not in known or (off and known[path] is not bool):
             raise UserError(f"--{flag} is no flag{_near(flag, [name.replace('_', '-') for name in known])}; --help lists them")
         values = [value] if given else []
-        while (
-            words
-            and not given
-            and not words[0].startswith("--")
-            and not (known[path] is bool and words[0].lower() not in ("true", "false"))
-        ):
-            if values and not _many(known[path]):
-                break
+        while words and not given and not words[0].startswith("--") and _takes(known[path], words[0], already=len(values)):
             values.append(words.pop(0))
         _put(found, path, _value(flag, known[path], values, off=off))
     if loose and positional is None:
         raise UserError(f"{loose[0]!r} is no flag and no value of one; flags begin with --")
     if positional is not None:
-        found[positional] = loose
+        found[positional] = [*found.get(positional, ()), *loose]
     return found
 
 
@@ -144,14 +139,17 @@ def _many(kind: Any) -> bool:
 
 def _takes(kind: Any, word: str, *, already: int) -> bool:
     """Whether a flag of this type that has `already` values takes this word as another one."""
-    if kind is bool:
-        return not already and word.lower() in ("true", "false")
+    if kind is bool:  # anything else may be the next positional
+        return not already and word.lower() in SWITCH
     return not already or _many(kind)
 
 
 def _value(flag: str, kind: Any, values: list[str], *, off: bool) -> Any:
     if kind is bool:
-        return not off if not values else (values[0].lower() == "true") != off
+        if values and values[0].lower() not in SWITCH:
+            raise UserError(f"--{flag} = {values[0]!r}, but a switch is true or false; leave the value out for true")
+        on = SWITCH[values[0].lower()] if values else True
+        return on if on is None else on != off
     if _many(kind):
         return [part for value in values for part in ([value] if str in typing.get_args(kind) else value.split(","))]
     if not values:

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import difflib
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from megalite.errors import UserError
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Run(Section):
@@ -145,7 +148,7 @@ class Train(Section):
 class Optimizer(Section):
     lr: PositiveFloat = 3e-4
     """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
@@ -229,14 +232,14 @@ def load(name: str, *, overrides: dict[str, Any] | None = None) -> Config:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"run file {name} does not exist; name a recipe ({', '.join(recipes())}) or an existing .yaml file")
-        text = path.read_text()
+        source: Traversable = path
     elif name in recipes():
-        text = (RECIPES / f"{name}.yaml").read_text()
+        source = RECIPES / f"{name}.yaml"
     else:
         raise UserError(f"no recipe is called {name!r}{suggest(name, recipes())}; the recipes are {', '.join(recipes())}")
     try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        document = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{name} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise UserError(f"{name} holds a {type(document).__name__}, but a run is a mapping of sections; see the recipes for examples")
@@ -246,7 +249,11 @@ def load(name: str, *, overrides: dict[str, Any] | None = None) -> Config:
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
-        merged[key] = _merge(merged.get(key) or {}, value) if isinstance(value, dict) else value
+        under = merged.get(key)
+        if isinstance(value, dict) and (under is None or isinstance(under, dict)):
+            merged[key] = _merge(under or {}, value)
+        elif not isinstance(value, dict):
+            merged[key] = value  # else the file has no section there, and `parse` says so
     return merged
 
 
@@ -270,6 +277,8 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
             found.append(f"{path} is no setting{suggest(str(detail['loc'][-1]), list(section.model_fields))}")
         elif isinstance(reason := detail.get("ctx", {}).get("error"), UserError):
             found.append(str(reason))
+        elif detail["type"] == "missing":
+            found.append(f"{path} is missing")
         else:
             found.append(f"{path} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}")
     return "; ".join(found)

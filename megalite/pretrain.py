@@ -20,6 +20,7 @@ from megalite.data.loader import open_train, open_valid, resolve
 from megalite.data.prepare import Preparation, prepare
 from megalite.data.shards import unigram_entropy
 from megalite.ds_config import read_document
+from megalite.errors import UserError
 from megalite.evaluate import generate
 from megalite.log import open_console, quiet_foreign
 
@@ -28,6 +29,7 @@ def pretrain(config: Config, *, command: str) -> None:
     """Prepare if need be, train what is left, report."""
     quiet_foreign()
     resolve_mesh(config, launch.count_ranks(config))
+    read_document(config)  # preparing a corpus takes minutes: what is wrong is said before
     if launch.stands_alone():
         prepare_corpus(config)
     config = complete(config)
@@ -52,7 +54,6 @@ def _train(config: Config, rank: int) -> None:
 
 def complete(config: Config) -> Config:
     """Fill in what the shards decide (the vocabulary), check what can be checked before ranks start."""
-    read_document(config)
     opened = open_train(config.data, model=config.model, seed=config.run.seed)
     open_valid(config.data, model=config.model)
     config = config.model_copy(update={"model": config.model.model_copy(update={"vocab": opened.vocab_size})})
@@ -63,10 +64,13 @@ def complete(config: Config) -> Config:
 def write_config(config: Config) -> None:
     """The resolved config into the run folder, where it can be read and run again."""
     folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / "config.yaml.new"
-    fresh.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    fresh.replace(folder / "config.yaml")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        fresh.replace(folder / "config.yaml")
+    except OSError as error:
+        raise UserError(f"run.folder = {folder} cannot be written ({error.strerror}); choose another run.folder") from None
 
 
 def prepare_corpus(config: Config) -> None:

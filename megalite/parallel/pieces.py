@@ -48,7 +48,7 @@ class Owned(ABC):
         for flat in self.flats():  # from the start, so that a checkpoint can be read into them in place
             state = self.inner.optimizer.state[flat]
             if "exp_avg" not in state:
-                state.update(step=torch.tensor(0.0), **{name: torch.zeros_like(flat) for name in MOMENTS})
+                state.update(step=torch.zeros((), device=flat.device), **{name: torch.zeros_like(flat) for name in MOMENTS})
 
     @abstractmethod
     def flats(self) -> list[Tensor]:
@@ -68,7 +68,7 @@ class Owned(ABC):
     def restore(self, steps: int) -> None:
         """After master weights and moments were written from outside: `steps` optimizer steps were taken."""
         for flat in self.flats():
-            self.inner.optimizer.state[flat]["step"] = torch.tensor(float(steps))
+            self.inner.optimizer.state[flat]["step"] = torch.full((), float(steps), device=flat.device)
         self.renew()
 
     def _piece(self, parameter: nn.Parameter, start: int, flat: Tensor, place: range, gradient: Tensor | None) -> Piece:

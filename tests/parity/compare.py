@@ -5,9 +5,9 @@ again from the pieces the ranks own. `assert_same` compares loss, gradient norm,
 
 The measure is max |a - b| / max |b| of a tensor: relative to the largest element, because a gradient holds many numbers that cancel to
 nearly nothing, whose own relative error says only how they cancelled. Adam's eps is 1e-3, not 1e-8: the gradient of a key's bias is 0 by
-construction (softmax does not see a shift), and with a tiny eps Adam would turn the noise around that 0 into a full step either way. It
-also lets a wrongly scaled gradient show in the weights, which a tiny eps would hide. A bias starts at 0 and moves by up to lr a step; where two
-steps cancel, what is left says nothing of the steps, so weights that are all smaller than lr are measured against lr.
+construction (softmax does not see a shift), and with a tiny eps Adam would turn the noise around that 0 into a full step either way.
+It also lets a wrongly scaled gradient show in the weights, which a tiny eps would hide. A bias starts at 0 and moves by up to lr a
+step; where two steps cancel, what is left says nothing of the steps, so weights all smaller than lr are measured against lr.
 """
 
 from __future__ import annotations
