@@ -1,4 +1,4 @@
-"""The verbs: `megalite prepare` and `megalite train`.
+"""The verbs: `megalite prepare`, `megalite train`, `megalite verify`.
 
 In: the command line.  Out: an exit code: 0, 2 for bad input (one line says value, limit and cure), 1 when a rank failed.
 A verb's flags are the fields of its settings, `--mesh.tp 4`; help comes from the fields' own docstrings.
@@ -7,6 +7,7 @@ A verb's flags are the fields of its settings, `--mesh.tp 4`; help comes from th
 from __future__ import annotations
 
 import difflib
+import shlex
 import sys
 import types
 import typing
@@ -31,6 +32,9 @@ Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor pa
       Pretrain. The same command again resumes.
       Recipes: {", ".join(settings.recipes())}.
 
+  megalite verify RECIPE|FILE.yaml [--mesh.tp 2] [--deepspeed ds_configs/zero3.json] ...
+      Run a shrunk model in this layout on CPU ranks, beside one process: are the numbers the same?
+
 `megalite VERB --help` explains every flag."""
 
 SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a switch; none: where a setting may be left out
@@ -39,7 +43,7 @@ SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verbs = {"prepare": prepare, "train": train}
+    verbs = {"prepare": prepare, "train": train, "verify": verify}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             _say(HELP)
@@ -75,16 +79,30 @@ def prepare(arguments: list[str]) -> None:
 
 def train(arguments: list[str]) -> None:
     """megalite train RECIPE|FILE.yaml [--section.field VALUE ...]"""
-    if _asks_help(arguments):
-        named = arguments[0] if not arguments[0].startswith("-") else None
-        _explain_flags(Config, f"megalite train {named or 'RECIPE|FILE.yaml'}", default=settings.load(named) if named else None)
-    if not arguments or arguments[0].startswith("-"):
-        raise UserError(f"megalite train needs a recipe ({', '.join(settings.recipes())}) or a run file (.yaml) before its flags")
-    config = settings.load(arguments[0], overrides=read_flags(arguments[1:], Config))
+    config = _read_run("train", arguments)
 
     from megalite import pretrain
 
-    pretrain.pretrain(config, command=f"megalite train {' '.join(arguments)}")
+    pretrain.pretrain(config, command=shlex.join(["megalite", "train", *arguments]))
+
+
+def verify(arguments: list[str]) -> None:
+    """megalite verify RECIPE|FILE.yaml [--section.field VALUE ...]"""
+    config = _read_run("verify", arguments)
+
+    from megalite.tune import verify as verifying
+
+    sys.exit(verifying.verify(config))
+
+
+def _read_run(verb: str, arguments: list[str]) -> Config:
+    """The run that a recipe or run file and the flags behind it describe."""
+    if _asks_help(arguments):
+        named = arguments[0] if not arguments[0].startswith("-") else None
+        _explain_flags(Config, f"megalite {verb} {named or 'RECIPE|FILE.yaml'}", default=settings.load(named) if named else None)
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"megalite {verb} needs a recipe ({', '.join(settings.recipes())}) or a run file (.yaml) before its flags")
+    return settings.load(arguments[0], overrides=read_flags(arguments[1:], Config))
 
 
 def read_flags(arguments: Sequence[str], schema: type[BaseModel], *, positional: str | None = None) -> dict[str, Any]:

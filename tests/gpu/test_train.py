@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from megalite.data.shards import Writer
+from megalite.tune.parity import assemble
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))
 from compare import assert_same, config_of, reference
@@ -23,24 +25,21 @@ import os, pickle, sys
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
 sys.path.insert(0, {parity!r})
 import torch, torch.distributed as dist
-from compare import Step, _work, config_of
+from compare import config_of
+from megalite.tune.parity import train_rank
 torch.cuda.set_device(0)
 dist.init_process_group("nccl")
 document = {{"zero_optimization": {{"stage": {stage}, "stage3_param_persistence_threshold": 0}}}}
-steps = _work(0, config=config_of(), document=document, steps=3, device="cuda")
+answer = train_rank(0, config=config_of(), document=document, steps=3, device="cuda")
 home = lambda owned: [(cut, start, flat.cpu()) for cut, start, flat in owned]
-cpu = [(loss, norm, home(gradients), home(weights)) for loss, norm, gradients, weights in steps]
-pickle.dump(cpu, open({answer!r}, "wb"))
+answer.steps = [(loss, norm, home(gradients), home(weights)) for loss, norm, gradients, weights in answer.steps]
+pickle.dump(answer, open({answer!r}, "wb"))
 dist.destroy_process_group()
 """
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_gpu_computes_what_one_process_on_the_cpu_computes(stage: int, tmp_path: Path) -> None:
-    import pickle
-
-    from compare import assemble
-
     answer, parity = tmp_path / "steps.pickle", str(Path(__file__).parent.parent / "parity")
     subprocess.run([sys.executable, "-c", ONE_RANK.format(parity=parity, stage=stage, answer=str(answer))], check=True, timeout=300)
     assert_same(

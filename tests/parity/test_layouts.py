@@ -11,10 +11,11 @@ import itertools
 
 import pytest
 import torch
-from compare import STEPS, Step, assert_same, config_of, masters, on_mesh, put_together, reference, start_engine
+from compare import STEPS, Step, assert_same, config_of, on_mesh, reference
 
 from megalite import launch, models
 from megalite.config import Config
+from megalite.tune.parity import masters, put_together, start_engine
 
 MODELS = {
     "gpt2-tied": {"style": "gpt2", "tied": True},

@@ -47,7 +47,7 @@ def test_deepspeed_loses_microbatches_when_all_forwards_come_first(monkeypatch: 
 def test_deepspeed_compares_the_modules_of_stages_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers 0-1 on one stage, 2 and the head on the other: not the same modules, which DeepSpeed takes for an error or waits for."""
     monkeypatch.setattr(zero, "_scope_trace_checks", lambda group: None)
-    monkeypatch.setattr("compare.launch.run_ranks", _impatient(launch.run_ranks))
+    monkeypatch.setattr("megalite.launch.run_ranks", _impatient(launch.run_ranks))
     with pytest.raises(RankError):
         on_mesh(config_of(pp=2, layers=4), zero=3)
 
