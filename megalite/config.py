@@ -141,6 +141,8 @@ class Train(Section):
     """Chunks of layers a rank holds under the interleaved schedule; left out: 2."""
     reduce: Literal["microbatch", "step"] | None = None
     """ZeRO-2 and 3 reduce gradients after every microbatch (they stay sharded; the default) or once a step (less traffic, more memory)."""
+    recompute: Literal["none", "full"] = "none"
+    """full: blocks keep only their input and compute the rest again in the backward pass, for less memory and a third more work."""
     clip: NonNegativeFloat = 1.0
     """Largest gradient norm over the whole mesh; 0 switches clipping off."""
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megalite import models, optim
 from megalite.config import Config
@@ -43,8 +44,10 @@ class Report:
 class Stage(nn.Module):
     """This rank's layers, under the names they have in the whole model; several chunks of them when the schedule is interleaved."""
 
-    def __init__(self, chunks: list[dict[str, nn.Module]]) -> None:
+    def __init__(self, chunks: list[dict[str, nn.Module]], *, recompute: bool = False) -> None:
+        """`recompute`: blocks keep only their input and run again in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
         super().__init__()
+        self.recompute = recompute
         for name, part in (item for chunk in chunks for item in chunk.items()):
             models.attach(self, name, part)
         self.orders = [list(chunk) for chunk in chunks]
@@ -52,7 +55,11 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, batch: Batch, chunk: int = 0) -> Tensor:
         """Ids (b, s) or a hidden state (b, s, d) in, a hidden state or the parts of the loss out."""
         for name in self.orders[chunk]:
-            x = self.get_submodule(name)(x, batch)
+            layer = self.get_submodule(name)
+            if self.recompute and name.startswith("layers.") and torch.is_grad_enabled():
+                x = checkpoint(layer, x, batch, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, batch)
         return x
 
 
@@ -103,7 +110,7 @@ class Engine:
                 known[parameter.cut.name] = parameter  # type: ignore[attr-defined]
             chunks[number][name] = layer
             _trim_heap()
-        return Stage(chunks)
+        return Stage(chunks, recompute=self.config.train.recompute == "full")
 
     @torch.no_grad()
     def _draw(self, layer: nn.Module, known: dict[str, nn.Parameter], tied: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ from compare import STEPS, Step, assert_same, config_of, on_mesh, reference
 
 from megalite import launch, models
 from megalite.config import Config
-from megalite.tune.parity import masters, put_together, start_engine
+from megalite.tune.parity import batch_of, masters, put_together, start_engine
 
 MODELS = {
     "gpt2-tied": {"style": "gpt2", "tied": True},
@@ -60,7 +60,7 @@ def _plain(model: str, global_batch: int, layers: int = 3) -> list[Step]:
 
 
 def _config(mesh: str, model: str, **train: object) -> Config:
-    return config_of(**MODELS[model], **MESHES[mesh], global_batch=24 if mesh == "dp3" else 16, **train)
+    return config_of(**MODELS[model], **MESHES.get(mesh, {}), global_batch=24 if mesh == "dp3" else 16, **train)
 
 
 @pytest.mark.parametrize(("mesh", "zero", "schedule", "model"), _cases())
@@ -105,6 +105,50 @@ def test_without_clipping_nothing_is_clipped() -> None:
     config = _config("dp2-tp2", "llama-untied", clip=0.0)
     plain = reference(config.model_copy(update={"train": config.train.model_copy(update={"clip": 1e9})}))
     assert_same(on_mesh(config, zero=2), plain, tied={})
+
+
+@pytest.mark.parametrize(
+    ("mesh", "zero", "schedule", "model"),
+    [
+        ("dp2-pp2-tp2", "zero3-microbatch", "interleaved", "gpt2-tied"),
+        ("dp2-pp2", "zero3-step", "gpipe", "bert"),
+        ("dp2-tp2", "zero3-microbatch", "1f1b", "llama-untied"),
+        ("pp2-tp2", "zero1", "1f1b", "llama-tied"),
+        ("dp2-pp2", "zero2-microbatch", "interleaved", "gpt2-untied"),
+    ],
+)
+def test_blocks_that_run_again_in_the_backward_pass_compute_the_same(mesh: str, zero: str, schedule: str, model: str) -> None:
+    stage, reduce = ZEROS[zero]
+    config = _config(mesh, model, layers=4, schedule=schedule, recompute="full", **reduce)
+    assert_same(on_mesh(config, zero=stage), _plain(model, config.train.global_batch, 4), tied=models.tied(config.model))
+
+
+@pytest.mark.parametrize("model", ["gpt2-tied", "llama-untied", "bert"])
+def test_recomputation_keeps_little_for_the_backward_pass(model: str) -> None:
+    """Bytes autograd saves in one forward pass, weights not counted; a block of width d keeps about d a token instead of 20 d or more."""
+    kept = {}
+    for how in ("none", "full"):
+        config = _config("pp1", model, layers=8, recompute=how)
+        (kept[how],) = launch.run_ranks(1, functools.partial(_saved, config=config))
+    assert kept["full"] < kept["none"] / 4
+
+
+def _saved(rank: int, *, config: Config) -> int:
+    engine = start_engine(config, {})
+    batch = {name: value[:2] for name, value in batch_of(config, 0).items()}
+    batch["weights"], batch["pair_weights"] = torch.ones(batch["ids"].shape), torch.ones(2)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in engine.zero.engine.module.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    stage = engine.zero.engine.module
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        stage(batch["ids"], batch).sum()
+    return sum(saved.values())
 
 
 @pytest.mark.parametrize(("mesh", "zero"), [("dp2-pp2-tp2", 3), ("tp4", 2), ("pp3", 0)])
