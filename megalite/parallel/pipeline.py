@@ -25,9 +25,50 @@ SCHEDULES: dict[str, Any] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, "inte
 
 
 class _Stage(PipelineStage):
-    """The seam between torch's schedule and DeepSpeed: backward goes through `Zero.backward`."""
+    """The seam between torch's schedule and DeepSpeed: backward goes through `Zero.backward`.
+
+    And receive buffers only for microbatches in flight: torch 2.13 makes one for every microbatch of a step, both ways, and keeps them for
+    the whole run. Here each is made when its transfer begins and dropped when its microbatch is done.
+    """
 
     zero: Zero
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        self._fill(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        if self.has_backward and not self.is_last:
+            self._fill(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if not self.has_backward:
+            self.fwd_cache[fwd_chunk_id] = (self.fwd_cache[fwd_chunk_id][0], [])
+            self._drop(self.args_recv_info[fwd_chunk_id])
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        if self.has_backward:
+            self._drop(self.args_recv_info[bwd_chunk_id])
+            self._drop(self.grad_recv_info[bwd_chunk_id])
+
+    def _post_metadata_inference_cleanup(self) -> None:
+        super()._post_metadata_inference_cleanup()
+        for received in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
+            self._drop(received)
+
+    def _fill(self, received: Any) -> None:
+        for info in received:
+            if not info.is_root_arg and info.buffer is None:
+                meta = info.tensor_meta
+                info.buffer = torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=self.device)
+
+    def _drop(self, received: Any) -> None:
+        for info in received:
+            info.buffer = None
 
     def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
         output = bwd_kwargs["stage_output"]

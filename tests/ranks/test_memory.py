@@ -85,6 +85,42 @@ def test_building_holds_one_layer_beside_the_shard(mesh: dict[str, int], stage: 
     assert min(peaks) > 0.5 * share, "the measure does not see the weights at all"
 
 
+def _most_buffers(rank: int, *, schedule: str) -> int:
+    """The largest number of receive buffers at any forward or backward of a step of 8 microbatches on 2 stages."""
+    from megalite.parallel.pipeline import _Stage
+    from megalite.tune.parity import batch_of, microbatches, start_engine
+
+    config = Config.model_validate(
+        {
+            "model": {"layers": 2, "width": 32, "heads": 2, "vocab": 50, "sequence": 16},
+            "mesh": {"dp": 1, "pp": 2},
+            "train": {"global_batch": 8, "micro_batch": 1, "precision": "fp32", "schedule": schedule},
+        }
+    )
+    engine, most = start_engine(config, {}), 0
+    backward = _Stage.backward_maybe_with_nosync
+
+    def count(stage: _Stage, *args: object, **kwargs: object) -> object:
+        nonlocal most
+        received = [*stage.args_recv_info.values(), *stage.grad_recv_info.values()]
+        most = max(most, sum(info.buffer is not None for infos in received for info in infos))
+        return backward(stage, *args, **kwargs)
+
+    _Stage.backward_maybe_with_nosync = count  # type: ignore[method-assign]
+    engine.step(0, microbatches(batch_of(config, 0), config, dp=1, dp_rank=0))
+    left = [info.buffer for stage in engine.pipeline.stages for infos in stage.args_recv_info.values() for info in infos]
+    assert all(buffer is None for buffer in left)
+    return most
+
+
+def test_only_microbatches_in_flight_have_receive_buffers() -> None:
+    """1F1B keeps at most as many activations as there are stages left, and one gradient; GPipe keeps all 8."""
+    first, last = launch.run_ranks(2, functools.partial(_most_buffers, schedule="1f1b"), warm=("megalite.engine",))
+    assert (first, last) == (1, 1)
+    first, last = launch.run_ranks(2, functools.partial(_most_buffers, schedule="gpipe"), warm=("megalite.engine",))
+    assert (first, last) == (1, 8)
+
+
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     build = functools.partial(_build, config=_config(**asked["mesh"]), stage=asked["stage"])
