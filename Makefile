@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain pretrain-bert lint test test-all parity gpu bench-prepare clean
+.PHONY: help install pretrain pretrain-bert lint test test-all parity fuzz gpu bench-prepare clean
 
 help:  ## what there is to do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ test-all: lint  ## slow tests too: every layout with every model
 
 parity: .venv/.developer  ## every mesh x ZeRO x reduction x schedule x model against one process
 	$(BIN)/python -m pytest tests/parity/test_layouts.py
+
+fuzz: .venv/.developer  ## 200 layouts drawn at random against one process
+	$(BIN)/python tests/parity/test_fuzz.py --first 0 --draws 200
 
 gpu: .venv/.developer  ## what needs a GPU
 	$(BIN)/python -m pytest -m gpu tests/gpu

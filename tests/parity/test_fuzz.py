@@ -1,0 +1,119 @@
+"""Layouts drawn at random: any model, any mesh of up to 8 ranks, ZeRO stage, schedule, reduction, precision, recomputed or not.
+
+`make test` runs ten of them; `make fuzz` (python tests/parity/test_fuzz.py --first 0 --draws 200) runs more and prints one line each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from megalite.config import Config, resolve_mesh
+from megalite.errors import UserError
+from megalite.tune.parity import assemble, on_mesh
+from megalite.tune.verify import STEPS, Finding, compare, compare_rounded
+
+
+def draw(seed: int) -> tuple[Config, dict[str, Any]]:
+    """The layout of this seed: the first that is allowed of those its generator comes up with."""
+    pick = random.Random(seed)
+    while True:
+        mesh = {axis: pick.choice((1, 1, 2, 2, 3, 4)) for axis in ("dp", "pp", "tp")}
+        world = mesh["dp"] * mesh["pp"] * mesh["tp"]
+        stage, schedule = pick.randrange(4), pick.choice(("1f1b", "gpipe", "interleaved"))
+        document = {
+            "model": _model(pick, mesh["tp"]),
+            "mesh": mesh,
+            "train": {
+                "global_batch": mesh["dp"] * 2 * pick.choice((2, 3, 4, 6)),
+                "micro_batch": pick.choice((1, 2)),
+                "steps": 100,
+                "precision": pick.choice(("fp32", "fp32", "fp32", "bf16")),
+                "schedule": schedule,
+                "chunks": pick.choice((2, 3)) if schedule == "interleaved" else None,
+                "reduce": pick.choice((None, "microbatch", "step")) if stage > 1 else None,
+                "recompute": pick.choice(("none", "full")),
+                "clip": pick.choice((0.0, 0.3, 1.0)),
+            },
+            "optimizer": {"lr": 1e-2, "warmup": 2, "eps": 1e-3, "weight_decay": pick.choice((0.0, 0.1))},
+        }
+        try:
+            config = Config.model_validate(document)
+            if 1 < world <= 8 and not (config.train.precision == "bf16" and config.train.reduce == "step"):
+                zero = {"stage": stage, "stage3_param_persistence_threshold": pick.choice((0, 500, 10_000))}
+                return resolve_mesh(config, world), {"zero_optimization": zero}
+        except (UserError, ValueError):
+            continue
+
+
+def _model(pick: random.Random, tp: int) -> dict[str, Any]:
+    keys = tp * pick.choice((1, 2))
+    heads = keys * pick.choice((1, 1, 2, 3))
+    shape = {
+        "layers": pick.randrange(1, 7),
+        "width": heads * pick.choice((4, 6, 8)),
+        "heads": heads,
+        "vocab": pick.randrange(31, 100),
+        "sequence": pick.choice((8, 12, 16)),
+        "init_std": 0.1,
+    }
+    if pick.random() < 0.3:
+        return {**shape, "family": "bert", "activation": "gelu"}
+    style = {
+        "kv_heads": keys,
+        "mlp": pick.randrange(tp * 4, 80),
+        "positions": pick.choice(("learned", "rope")),
+        "norm": pick.choice(("layer", "rms")),
+        "activation": pick.choice(("gelu", "gelu_tanh", "swiglu")),
+        "bias": pick.random() < 0.5,
+        "tied": pick.random() < 0.5,
+    }
+    return {**shape, **style}
+
+
+def findings_of(config: Config, document: dict[str, Any]) -> list[Finding]:
+    steps = assemble(on_mesh(config, document, steps=STEPS), steps=STEPS)
+    return compare(config, steps) if config.train.precision == "fp32" else compare_rounded(config, steps)
+
+
+def _said(config: Config, document: dict[str, Any]) -> str:
+    mesh, train, model = config.mesh, config.train, config.model
+    layout = f"dp {mesh.dp} pp {mesh.pp} tp {mesh.tp} zero {document['zero_optimization']['stage']} {train.schedule} x{config.num_chunks}"
+    how = f"reduce {train.reduce} recompute {train.recompute} {train.precision} clip {train.clip}"
+    return f"{layout} {how}; {model.family} layers {model.layers} heads {model.heads}/{model.num_kv_heads} tied {model.tied}"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_layout_drawn_at_random_computes_what_one_process_computes(seed: int) -> None:
+    config, document = draw(seed)
+    wrong = [finding for finding in findings_of(config, document) if not finding.good]
+    assert not wrong, f"{_said(config, document)}: {wrong}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--draws", type=int, default=200, help="how many layouts")
+    asked = parser.parse_args()
+    failed = 0
+    for seed in range(asked.first, asked.first + asked.draws):
+        config, document = draw(seed)
+        began = time.monotonic()
+        try:
+            worst = max(findings_of(config, document), key=lambda finding: finding.off / finding.allowed)
+            good, said = worst.good, f"{worst.what} {worst.off:.1e} of {worst.allowed:.1e}"
+        except Exception as error:  # a crash is a finding like any other
+            good, said = False, " ".join(str(error).split())[-600:]
+        failed += not good
+        print(f"{seed:4d} {'same' if good else 'WRONG'} {time.monotonic() - began:4.1f} s  {_said(config, document)}: {said}", flush=True)
+    print(f"{asked.draws} draws, {failed} wrong")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
