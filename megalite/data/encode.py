@@ -31,7 +31,8 @@ from megalite.errors import UserError
 
 BATCH = 1 << 18  # characters tokenized at once; tokenizers needs some hundred bytes of memory for each
 SLICE = 1 << 18  # longest text the tokenizer gets in one go
-CUTS = (re.compile(r"\w(?=\n)"), re.compile(r"\w(?=\s)"))  # as BREAKS in documents.py
+# As BREAKS in documents.py; the last for JSON, whose lines end in marks.
+CUTS = tuple(map(re.compile, (r"[^\W_](?=\n)", r"[^\W_](?=\s)", r'[^\W_](?=[",:;=()<>{}\[\]])')))
 REPORTED = 10  # broken lines a part remembers; all are counted
 TERMINATOR = re.compile(r"[.!?…。！？؟।]")  # noqa: RUF001
 

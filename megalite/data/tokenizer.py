@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megalite.data.manifest import Manifest, output_of, write_atomically
+from megalite.data.words import words_of
 from megalite.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,14 +61,11 @@ class Tokenizer:
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """All ids in a row, and how many each text has."""
-        batch = self._encode(texts)
-        lengths = np.fromiter(map(len, batch), np.int64, len(batch))
-        flat = np.fromiter(chain.from_iterable(batch), np.int32, int(lengths.sum()))
+        flat, lengths = self._encode_flat(texts)
         if self._forbidden[flat].any() or any(self._unknown in text for text in texts):
-            batch = [self._encode_broken(text) if self._spelled.search(text) or self._forbidden[ids].any() else ids
-                     for text, ids in zip(texts, batch, strict=True)]  # fmt: skip
-            lengths = np.fromiter(map(len, batch), np.int64, len(batch))
-            flat = np.fromiter(chain.from_iterable(batch), np.int32, int(lengths.sum()))
+            batch = np.split(flat, np.cumsum(lengths)[:-1])
+            return _flat([self._encode_broken(text) if self._spelled.search(text) or self._forbidden[ids].any() else ids
+                          for text, ids in zip(texts, batch, strict=True)])  # fmt: skip
         return flat, lengths
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -120,12 +118,20 @@ class Tokenizer:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         raise NotImplementedError
 
+    def _encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _flat(self._encode(texts))
+
     def _rules(self) -> Any:
         """What tells apart two tokenizers of the same pieces."""
         raise NotImplementedError
 
     def _content(self) -> bytes:
         raise NotImplementedError
+
+
+def _flat(batch: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter(map(len, batch), np.int64, len(batch))
+    return np.fromiter(chain.from_iterable(batch), np.int32, int(lengths.sum())), lengths
 
 
 def _is_word(character: str) -> bool:
@@ -150,9 +156,16 @@ class HuggingFace(Tokenizer):
             pieces[i] = piece
         super().__init__(pieces, special, control)
         self._backend = backend
+        self._words = words_of(backend, self._encode)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self._words is None:
+            return super()._encode_flat(texts)
+        parts = self._words.encode(texts)
+        return np.frombuffer(bytearray().join(parts), np.int32), np.fromiter(map(len, parts), np.int64, len(parts)) // 4
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)

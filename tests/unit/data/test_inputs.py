@@ -175,8 +175,11 @@ def test_stdlib_is_the_source_of_python_without_tests():
     assert any(str(f).endswith("/json/decoder.py") for f in found)
 
 
-def test_slices_cut_no_token_apart(trained):
-    text = "def function(x):\n    return x + 1  # because of that\n\n" * (2 * SLICE // 50)
+@pytest.mark.parametrize(
+    "line", ["def function(x):\n    return x + 1  # because of that\n\n", '"AuthorizationContext":"arn:MediaConnectCreate",\n']
+)
+def test_slices_cut_no_token_apart(trained, line):
+    text = line * (2 * SLICE // 50)
     parts = list(slices(text))
     assert len(parts) > 1
     assert "".join(parts) == text
