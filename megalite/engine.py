@@ -126,17 +126,21 @@ class Engine:
                 setattr(module, leaf, source)
 
     def _optimizer(self, module: nn.Module, tied: set[str]) -> torch.optim.AdamW:
-        """AdamW over three groups: decayed, not decayed, tied. Tied copies lie alone, so that every stage cuts them alike."""
+        """AdamW over groups: decayed or not, cut by tensor parallelism or held whole, and the tied weight.
+
+        ZeRO 1 and 2 cut a group's flat buffer by rank; what several ranks hold as copies lies in groups of its own, so that they cut it
+        alike.
+        """
         settings = self.config.optimizer
-        groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "tied": []}
+        groups: dict[tuple[bool, str], list[nn.Parameter]] = {}
         for parameter in module.parameters():
             cut = parameter.cut  # type: ignore[attr-defined]
-            groups["tied" if cut.name in tied else "decayed" if optim.decays(cut.name, cut.shape) else "plain"].append(parameter)
+            kind = "tied" if cut.name in tied else "whole" if cut.dim is None else "cut"
+            groups.setdefault((optim.decays(cut.name, cut.shape), kind), []).append(parameter)
         return torch.optim.AdamW(
             [
-                {"params": parameters, "weight_decay": 0.0 if kind == "plain" else settings.weight_decay}
-                for kind, parameters in groups.items()
-                if parameters
+                {"params": parameters, "weight_decay": settings.weight_decay * decays}
+                for (decays, _), parameters in sorted(groups.items(), key=lambda group: group[0])
             ],
             lr=settings.lr,
             betas=settings.betas,

@@ -89,10 +89,11 @@ class Cut:
             base += size
 
     def rectangles(self, start: int, stop: int) -> list[Rectangle]:
-        """The blocks of the global tensor that elements [start, stop) of the flattened local shard are."""
-        if self.dim is None:
+        """The blocks of the global tensor that elements [start, stop) of the flattened local shard are, in the order of the shard."""
+        if self.whole:
             return list(_blocks(self.shape, start, stop))
-        return [piece for block in _blocks(self.local_shape, start, stop) for piece in self._globalise(block)]
+        found = [piece for block in _blocks(self.local_shape, start, stop) for piece in self._globalise(block)]
+        return sorted(found, key=lambda piece: piece.start)
 
     def _globalise(self, block: Rectangle) -> Iterator[Rectangle]:
         """Move a block of the local shard to its global place, cutting it where it crosses a section."""

@@ -33,6 +33,7 @@ from megalite.errors import UserError
 from megalite.layout import Cut
 
 PARTIAL = ".partial"
+CURE = "remove the folder to fall back on an older one"
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 RECORDS = {  # what DCP's index is made of, and nothing else
     "torch.distributed.checkpoint.metadata": {
@@ -95,7 +96,8 @@ class Store:
             partial.rename(final)
             _link(self.folder / "latest", final.name)
             _sync(self.folder)
-            for old in whole(self.folder)[: -self.keep]:
+            others = [path for path in whole(self.folder) if path != final]  # of a run that resumed below them, newer ones too
+            for old in others[: max(0, len(others) + 1 - self.keep)]:
                 shutil.rmtree(old)
         dist.barrier(self.group)
         return final
@@ -119,8 +121,8 @@ class Store:
         try:
             read_state(state, storage_reader=Reader(path), process_group=self.group)
         except CheckpointException as error:  # derives from BaseException
-            raise UserError(f"checkpoint {path} cannot be read: {_first(error)}; remove the folder to fall back on an older one") from None
-        return json.loads((path / "facts.json").read_text())
+            raise UserError(f"checkpoint {path} cannot be read: {_first(error)}; {CURE}") from None
+        return read_facts(path)
 
     def _state(self, pieces: Iterable[Piece]) -> dict[str, Any]:
         state: dict[str, Any] = {}
@@ -155,14 +157,31 @@ class Reader(FileSystemReader):
         path = Path(self.path) / ".metadata"
         try:
             metadata = _OnlyRecords(io.BytesIO(path.read_bytes())).load()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError) as error:
-            raise UserError(f"checkpoint {self.path} has no readable index ({error}); remove it to fall back on an older one") from None
-        if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
+            tensors, places = metadata.state_dict_metadata.values(), metadata.storage_data.values()
+            ends = [(str(place.relative_path), int(place.offset + place.length)) for place in places]
+        except Exception as error:  # a damaged pickle fails in every way there is
+            raise UserError(f"checkpoint {self.path} has no readable index .metadata ({_say(error)}); {CURE}") from None
+        if not all(isinstance(entry, TensorStorageMetadata) and isinstance(getattr(entry, "size", None), torch.Size) for entry in tensors):
             raise UserError(f"checkpoint {self.path} holds something that is no tensor; it was not written by megalite")
+        self._check_files(ends)
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def _check_files(self, ends: Iterable[tuple[str, int]]) -> None:
+        """Every file the index names is there, in the checkpoint's own folder, and long enough."""
+        needed: dict[str, int] = {}
+        for name, end in ends:
+            needed[name] = max(end, needed.get(name, 0))
+        for name, size in needed.items():
+            path = Path(self.path) / name
+            if Path(name).name != name:
+                raise UserError(f"checkpoint {self.path} names {name}, a file outside its folder; it was not written by megalite")
+            if not path.is_file():
+                raise UserError(f"checkpoint file {path} does not exist; {CURE}")
+            if path.stat().st_size < size:
+                raise UserError(f"checkpoint file {path} holds {path.stat().st_size} bytes, its index promises {size}: truncated; {CURE}")
 
 
 def index(path: Path) -> Metadata:
@@ -173,9 +192,14 @@ def index(path: Path) -> Metadata:
 def read_facts(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself. Raises UserError where there is none."""
     try:
-        return json.loads((path / "facts.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        raise UserError(f"{path} is no checkpoint: it has no readable facts.json; give a step-N folder of a run's checkpoints") from None
+        facts = json.loads((path / "facts.json").read_text())
+    except (OSError, ValueError):
+        facts = None
+    if not isinstance(facts, dict) or not isinstance(facts.get("step"), int) or not isinstance(facts.get("config"), dict):
+        raise UserError(
+            f"{path} is no checkpoint: it has no readable facts.json; remove it, or name a step-N folder of a run's checkpoints"
+        )
+    return facts
 
 
 def load_weights(path: Path, weights: dict[str, Tensor]) -> None:
@@ -195,7 +219,11 @@ def load_weights(path: Path, weights: dict[str, Tensor]) -> None:
 def _first(error: CheckpointException) -> str:
     """The first rank's reason, in one line."""
     rank, (reason, _) = sorted(error.failures.items())[0]
-    return f"rank {rank}: {' '.join(str(reason).split())}"
+    return f"rank {rank}: {_say(reason)}"
+
+
+def _say(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _sync(folder: Path) -> None:

@@ -164,6 +164,8 @@ class Zero:
         self.once = bool(configuration["managed_gradient_accumulation"])
         self.before_update: Callable[[list[Piece]], None] | None = None
         self.owned = (Sharded if self.sharded else Flat)(self.inner, mesh=mesh, tied=tied, replicated=zero_stage == 0)
+        cuts = [parameter.cut for parameter in stage.parameters()]  # type: ignore[attr-defined]
+        self.uneven = mesh.tp > 1 and any(part % mesh.tp for cut in cuts for part in cut.parts)
         self._norm = 0.0
         self._clip = 0.0
         self._step, self.inner.step = self.inner.step, self._finish
@@ -241,6 +243,8 @@ class Zero:
         for piece in pieces:
             if piece.tied and self.mesh.pp > 1:
                 dist.all_reduce(piece.gradient, group=self.mesh.group("ends"))
+        if self.uneven:
+            _align([piece.gradient for piece in pieces if piece.cut.dim is None and piece.gradient is not None], self.mesh.group("tp"))
         if self.before_update is not None:
             self.before_update(pieces)
         self._norm = self._global_norm(pieces)
@@ -265,6 +269,19 @@ class Zero:
     def restore(self, steps: int) -> None:
         """After pieces were written from outside (a checkpoint): renew the weights the model computes with; `steps` were taken."""
         self.owned.restore(steps)
+
+
+def _align(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Give every tensor-parallel rank the first one's gradients of what they hold as copies.
+
+    Where shards differ in size, a copy lies at another place of the reduction's buffer on every rank, a ring adds up its dp terms in
+    another order there, and the last bits differ; copies would drift apart. Shards of one size are added up alike.
+    """
+    if gradients:
+        flat = torch.cat(gradients)
+        dist.broadcast(flat, src=dist.get_global_rank(group, 0), group=group)
+        for gradient, value in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(value)
 
 
 def _average(gradients: list[Tensor], group: dist.ProcessGroup) -> None:

@@ -45,7 +45,11 @@ class Answer:
 
 
 def batch_of(config: Config, step: int) -> Batch:
-    """The global batch of one step, drawn from its number: the same on every mesh. BERT's samples have uneven numbers of targets."""
+    """The global batch of one step, drawn from its number: the same on every mesh.
+
+    BERT's samples have uneven numbers of targets, and a fifth of its pairs are random: with half of them, the gradient of the bias
+    of two elements behind them would cancel to the rounding of its terms.
+    """
     model, size, sequence = config.model, config.train.global_batch, config.data.sequence or config.model.sequence
     draw = torch.Generator().manual_seed(1000 + step)
     assert model.vocab is not None
@@ -59,7 +63,7 @@ def batch_of(config: Config, step: int) -> Batch:
         "labels": labels.masked_fill(hidden, -100),
         "segments": (torch.arange(sequence) >= sequence // 2).long().expand(size, -1).contiguous(),
         "length": torch.randint(sequence // 2, sequence + 1, (size,), generator=draw),
-        "next_sentence": torch.randint(0, 2, (size,), generator=draw),
+        "next_sentence": (torch.rand((size,), generator=draw) < 0.2).long(),
     }
 
 

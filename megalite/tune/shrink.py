@@ -33,7 +33,7 @@ def shrink(config: Config) -> tuple[Config, list[str]]:
         },
         "data": {"sequence": None},
         "train": {"global_batch": dp * 2 * max(pp, 2), "micro_batch": 2, "steps": 100},
-        "optimizer": {"lr": 1e-2, "warmup": 2, "eps": 1e-3},
+        "optimizer": {"lr": 1e-2, "warmup": 2, "eps": 1e-2},
     }  # fmt: skip
     for section, values in changes.items():
         small = small.model_copy(update={section: getattr(small, section).model_copy(update=values)})

@@ -40,7 +40,7 @@ def draw(seed: int) -> tuple[Config, dict[str, Any]]:
                 "recompute": pick.choice(("none", "full")),
                 "clip": pick.choice((0.0, 0.3, 1.0)),
             },
-            "optimizer": {"lr": 1e-2, "warmup": 2, "eps": 1e-3, "weight_decay": pick.choice((0.0, 0.1))},
+            "optimizer": {"lr": 1e-2, "warmup": 2, "eps": 1e-2, "weight_decay": pick.choice((0.0, 0.1))},
         }
         try:
             config = Config.model_validate(document)
@@ -56,7 +56,8 @@ def _model(pick: random.Random, tp: int) -> dict[str, Any]:
     heads = keys * pick.choice((1, 1, 2, 3))
     shape = {
         "layers": pick.randrange(1, 7),
-        "width": heads * pick.choice((4, 6, 8)),
+        # 16 at least: the bias of a norm 4 wide was seen to have a gradient that cancels to the rounding of its terms
+        "width": heads * pick.choice((16, 20) if heads == 1 else (8, 10, 12)),
         "heads": heads,
         "vocab": pick.randrange(31, 100),
         "sequence": pick.choice((8, 12, 16)),
@@ -88,7 +89,7 @@ def _said(config: Config, document: dict[str, Any]) -> str:
     return f"{layout} {how}; {model.family} layers {model.layers} heads {model.heads}/{model.num_kv_heads} tied {model.tied}"
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(10), 153])  # 153: copies once drifted apart where shards are uneven
 def test_a_layout_drawn_at_random_computes_what_one_process_computes(seed: int) -> None:
     config, document = draw(seed)
     wrong = [finding for finding in findings_of(config, document) if not finding.good]

@@ -1,0 +1,184 @@
+"""The DeepSpeed JSON and the run config never both decide a thing; what is not proved under a mesh is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite import ds_config
+from megalite.config import Config
+from megalite.ds_config import OWNED, PASSED, read_document
+from megalite.errors import UserError
+
+SHIPPED = ("zero1", "zero2", "zero3")
+
+
+def _read(path: Path | str, **train: str) -> dict[str, Any]:
+    return read_document(Config.model_validate({"deepspeed": str(path), "train": {"precision": "fp32", **train}}))
+
+
+def _refusal(folder: Path, document: Any, **train: str) -> str:
+    path = folder / "ds.json"
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    with pytest.raises(UserError) as caught:
+        _read(path, **train)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- who owns what ---------------------------------------------------------------------------------------------------------------------
+
+BOTH = {  # key -> a value in the JSON, and what the run config has
+    "train_batch_size": (64, "train.global_batch = 256"),
+    "train_micro_batch_size_per_gpu": (4, "train.micro_batch = 1"),
+    "gradient_accumulation_steps": (8, "train.global_batch = 256"),
+    "gradient_clipping": (0.5, "train.clip = 1.0"),
+    "bf16": ({"enabled": True}, "train.precision = fp32"),
+    "fp16": ({"enabled": True}, "train.precision = fp32"),
+    "amp": ({"enabled": True}, "train.precision = fp32"),
+    "data_types": ({"grad_accum_dtype": "bf16"}, "train.precision = fp32"),
+    "optimizer": ({"type": "Adam"}, "optimizer = {'lr': 0.0003"),
+    "scheduler": ({"type": "WarmupLR"}, "optimizer.schedule = cosine"),
+    "managed_gradient_accumulation": (True, "train.reduce = None"),
+}
+
+
+def test_every_owned_key_is_tried_below() -> None:
+    assert BOTH.keys() == OWNED.keys()
+
+
+@pytest.mark.parametrize("key", BOTH)
+def test_a_key_set_in_both_is_refused_with_both_values(key: str, tmp_path: Path) -> None:
+    theirs, ours = BOTH[key]
+    said = _refusal(tmp_path, {"zero_optimization": {"stage": 3}, key: theirs})
+    assert f"ds.json sets {key} = {json.dumps(theirs)}, but the run config decides that: {ours}" in said
+    assert said.endswith("take it out of the JSON")
+
+
+def test_equal_values_in_both_are_refused_too(tmp_path: Path) -> None:
+    """Two places for one number drift apart."""
+    assert "train.clip = 1.0" in _refusal(tmp_path, {"gradient_clipping": 1.0})
+
+
+@pytest.mark.parametrize("key", PASSED)
+def test_a_key_of_deepspeeds_own_is_handed_on_as_it_is(key: str, tmp_path: Path) -> None:
+    document = {key: {"stage": 1} if key == "zero_optimization" else {"enabled": False}}
+    (tmp_path / "ds.json").write_text(json.dumps(document))
+    assert _read(tmp_path / "ds.json") == document
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path) -> None:
+    said = _refusal(tmp_path, {"zero_optimisation": {"stage": 3}})
+    assert "sets zero_optimisation, which megalite does not hand to DeepSpeed; did you mean zero_optimization?" in said
+    assert "it hands on zero_optimization, communication_data_type" in said
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_file_is_found_by_name_and_by_path(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(ds_config.__file__).parents[1] / "ds_configs" / f"{name}.json"
+    monkeypatch.chdir(tmp_path)
+    expected = json.loads(path.read_text())
+    assert expected["zero_optimization"]["stage"] == int(name[-1])
+    for way in (name, f"{name}.json", f"ds_configs/{name}.json", path):
+        assert _read(way) == expected, way
+
+
+def test_a_file_in_the_working_directory_goes_before_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("zero3.json").write_text('{"zero_optimization": {"stage": 1}}')
+    assert _read("zero3.json")["zero_optimization"]["stage"] == 1
+
+
+def test_no_file_means_no_zero() -> None:
+    assert read_document(Config()) == {}
+
+
+@pytest.mark.parametrize("name", ["zero4", "nowhere/zero3.json", "", "."])
+def test_a_file_that_does_not_exist_is_refused_and_no_other_one_taken_for_it(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        _read(name)
+    said = f"deepspeed = {name} does not exist; give the path of a DeepSpeed JSON or one of ds_configs/: zero1.json, zero2.json, zero3.json"
+    assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"zero_optimization": {', "ds.json is no JSON: Expecting property name"),
+        ("[1]", "ds.json holds a list, but a DeepSpeed configuration is an object"),
+        ("", "ds.json is no JSON"),
+        ('{"zero_optimization": 3}', "zero_optimization = 3, but it is an object"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(text: str, words: str, tmp_path: Path) -> None:
+    assert words in _refusal(tmp_path, text)
+
+
+def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match="is no JSON"):
+        _read(tmp_path / "ds.json")
+
+
+# ---- what is not proved ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("offload_optimizer", {"device": "cpu"}),
+        ("offload_optimizer", {"device": "nvme", "nvme_path": "/local"}),
+        ("offload_param", {"device": "cpu"}),
+        ("cpu_offload", True),  # DeepSpeed's old names for the same
+        ("cpu_offload_param", True),
+        ("zenflow", {"topk_ratio": 0.1}),
+        ("zero_hpz_partition_size", 8),
+        ("zero_quantized_weights", True),
+        ("zero_quantized_nontrainable_weights", True),
+        ("zero_quantized_gradients", True),
+    ],
+)
+def test_offload_and_zero_plus_plus_are_refused(key: str, value: Any, tmp_path: Path) -> None:
+    said = _refusal(tmp_path, {"zero_optimization": {"stage": 3, key: value}})
+    assert f"ds.json: zero_optimization.{key} is not proved equal to one process under a mesh yet; take it out" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("offload_optimizer", {"device": "none"}), ("zero_hpz_partition_size", 1), ("zero_quantized_weights", False)]
+)
+def test_the_same_keys_switched_off_are_let_through(key: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, key: value}}))
+    assert _read(tmp_path / "ds.json")["zero_optimization"][key] == value
+
+
+@pytest.mark.parametrize("stage", [4, -1, "3", True, 2.5, None])
+def test_a_stage_that_zero_does_not_have_is_refused(stage: Any, tmp_path: Path) -> None:
+    said = _refusal(tmp_path, {"zero_optimization": {"stage": stage}})
+    assert f"zero_optimization.stage = {json.dumps(stage)}, but ZeRO has stages 0 to 3" in said
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_zero_0_and_1_cannot_reduce_every_microbatch(stage: int, tmp_path: Path) -> None:
+    said = _refusal(tmp_path, {"zero_optimization": {"stage": stage}}, reduce="microbatch")
+    assert f"train.reduce = microbatch, but ZeRO-{stage} reduces once a step; leave train.reduce out or use ZeRO-2 or 3" in said
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_reducing_once_a_step_in_bf16_is_refused_because_it_would_sum_in_bf16(stage: int, tmp_path: Path) -> None:
+    said = _refusal(tmp_path, {"zero_optimization": {"stage": stage}}, reduce="step", precision="bf16")
+    assert "train.reduce = step would sum the microbatches' gradients in bf16" in said and "use train.reduce = microbatch" in said
+
+
+@pytest.mark.parametrize(
+    ("stage", "reduce", "precision"),
+    [(2, "microbatch", "bf16"), (3, "step", "fp32"), (3, "microbatch", "fp32"), (1, "step", "bf16"), (0, "step", "fp32")],
+)
+def test_what_fits_together_is_read(stage: int, reduce: str, precision: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    assert _read(tmp_path / "ds.json", reduce=reduce, precision=precision) == {"zero_optimization": {"stage": stage}}
