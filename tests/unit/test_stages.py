@@ -43,6 +43,7 @@ def test_no_other_cut_has_a_cheaper_dearest_stage(costs: list[int], data: st.Dat
 def test_of_equally_good_cuts_the_most_even_is_taken() -> None:
     """The dear layer decides the dearest stage; the other four are still shared out, two and two."""
     assert _loads([1, 1, 1, 1, 9], assign([1, 1, 1, 1, 9], 3)) == [2, 2, 9]
+    assert _loads([9, 1, 1, 1, 1], assign([9, 1, 1, 1, 1], 3)) == [9, 2, 2]
 
 
 @pytest.mark.parametrize(("layers", "num", "sizes"), [(4, 4, [1, 1, 1, 1]), (6, 3, [2, 2, 2]), (7, 1, [7])])
