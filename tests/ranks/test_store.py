@@ -126,8 +126,12 @@ def _pieces(layout: Layout, rank: int, *, fill: bool, salt: int = 0, weights: di
 def _write(folder: Path, layout: Layout, *steps: int, keep: int = 9, salt: int = 0) -> None:
     def work(rank: int) -> None:
         opened = Store(folder, keep=keep, tied=TIED)
+        pieces = _pieces(layout, rank, fill=True, salt=salt)
+        for piece in pieces:
+            if not piece.first:
+                piece.master.fill_(torch.nan)  # of several copies only the first may be stored
         for step in steps:
-            opened.save(step, _pieces(layout, rank, fill=True, salt=salt), {"config": {"name": "toy"}})
+            opened.save(step, pieces, {"config": {"name": "toy"}})
 
     run_ranks(layout.world, work, warm=WARM)
 
@@ -226,8 +230,8 @@ def test_latest_points_to_the_newest_and_the_oldest_go(tmp_path: Path) -> None:
 
 
 def test_fewer_checkpoints_than_may_be_kept_all_stay(tmp_path: Path) -> None:
-    _write(tmp_path, LAYOUTS[0], 1, 2, 3, keep=5)
-    assert [path.name for path in store.whole(tmp_path)] == ["step-1", "step-2", "step-3"]
+    _write(tmp_path, LAYOUTS[0], 1, 2, 3, 4, keep=5)
+    assert [path.name for path in store.whole(tmp_path)] == ["step-1", "step-2", "step-3", "step-4"]
 
 
 def test_a_run_that_resumed_below_newer_checkpoints_keeps_what_it_writes(tmp_path: Path) -> None:
@@ -235,6 +239,9 @@ def test_a_run_that_resumed_below_newer_checkpoints_keeps_what_it_writes(tmp_pat
     _write(tmp_path, LAYOUTS[0], 9, keep=2)
     assert [path.name for path in store.whole(tmp_path)] == ["step-9", "step-10"]
     assert (tmp_path / "latest").readlink() == Path("step-9")
+    _write(tmp_path, LAYOUTS[0], 7, keep=1)
+    assert [path.name for path in store.whole(tmp_path)] == ["step-7"]
+    assert (tmp_path / "latest").readlink() == Path("step-7")
 
 
 def test_the_same_step_saved_twice_is_the_second_one(tmp_path: Path) -> None:
