@@ -31,6 +31,7 @@ import torch.distributed as dist
 from megalite import config as settings
 from megalite.crew import Failure, Link, RankError, run_crew
 from megalite.errors import UserError
+from megalite.fit import resolve_mesh
 from megalite.log import own_log, rank_log
 
 PATIENCE = 600.0  # seconds a rank waits for another before it calls it lost
@@ -82,7 +83,7 @@ def start(config: settings.Config, work: Callable[[settings.Config, int], Any], 
     """
     place, gpus, world = find_place(os.environ), torch.cuda.device_count(), count_ranks(config)
     try:
-        config = settings.resolve_mesh(config, world)
+        config = resolve_mesh(config, world)
     except UserError:
         if place and place.rank:
             raise SystemExit(2) from None  # rank 0 says it for all
@@ -102,7 +103,7 @@ def count_ranks(config: settings.Config) -> int:
     """How many ranks `start` would have: those that were started with this one, else one a GPU, else what the mesh asks for."""
     place, mesh = find_place(os.environ), config.mesh
     gpus = torch.cuda.device_count()  # asks the driver's library and creates no context
-    return place.world if place else gpus or mesh.ranks or (mesh.dp or 1) * mesh.pp * mesh.tp
+    return place.world if place else gpus or mesh.ranks or mesh.world
 
 
 def stands_alone() -> bool:

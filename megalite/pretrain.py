@@ -18,13 +18,14 @@ import yaml
 from megalite import launch
 from megalite.checkpoint.resume import find as find_checkpoint
 from megalite.checkpoint.store import read_facts, whole
-from megalite.config import Config, resolve_mesh, run_folder
+from megalite.config import Config, run_folder
 from megalite.data.loader import open_train, open_valid, resolve
 from megalite.data.prepare import Preparation, prepare
 from megalite.data.shards import unigram_entropy
 from megalite.ds_config import read_document
 from megalite.errors import UserError
 from megalite.evaluate import generate
+from megalite.fit import resolve_mesh
 from megalite.log import open_console, quiet_foreign
 
 

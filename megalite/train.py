@@ -50,7 +50,10 @@ def train(config: Config, rank: int) -> dict[str, float]:
         while step < config.train.steps:
             report = engine.step(step, loader.step(step))
             step += 1
-            check_finite(step, report.loss, report.grad_norm)
+            if report.skipped:
+                metrics.skipped(step, engine.state()["value"])
+            else:
+                check_finite(step, report.loss, report.grad_norm)
             metrics.step(step, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr)
             if held_out and due(step, config.validation.every, config):
                 with metrics.pause():
@@ -58,7 +61,7 @@ def train(config: Config, rank: int) -> dict[str, float]:
                 metrics.valid(step, sum(valid.values()))
             if due(step, config.checkpoint.every, config):
                 with metrics.pause():
-                    store.save(step, engine.zero.pieces(), facts(config, valid))
+                    store.save(step, engine.zero.pieces(), facts(config, engine, valid))
     return valid
 
 
@@ -83,16 +86,17 @@ def resume(config: Config, engine: Engine, store: Store) -> int:
     path = found[0]
     if path is None:
         return 0
-    step = store.load(path, engine.zero.pieces())["step"]
-    engine.zero.restore(step)
-    return step
+    said = store.load(path, engine.zero.pieces())
+    engine.restore(said["step"], said.get("state", {}))
+    return said["step"]
 
 
-def facts(config: Config, valid: dict[str, float]) -> dict[str, Any]:
+def facts(config: Config, engine: Engine, valid: dict[str, float]) -> dict[str, Any]:
     """What a checkpoint says of itself beside its tensors."""
     return {
         "config": config.model_dump(mode="json"),
         "valid": valid,
+        "state": engine.state(),
         "world": dist.get_world_size(),
         "versions": {"megalite": megalite.__version__, "torch": torch.__version__},
     }
@@ -102,7 +106,7 @@ def start_mesh(config: Config, rank: int) -> Mesh:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     assert config.mesh.dp is not None and rank == dist.get_rank()
-    return Mesh.start(dp=config.mesh.dp, pp=config.mesh.pp, tp=config.mesh.tp, device=device)
+    return Mesh.start(**config.mesh.degrees, device=device)
 
 
 def open_loader(config: Config, mesh: Mesh) -> Loader:
@@ -122,10 +126,9 @@ def _loader(config: Config, mesh: Mesh, source: Any) -> Loader:
 
 def measure(config: Config, mesh: Mesh) -> Yardstick:
     """Tokens and FLOPs of a step, and this GPU's peak where it is known."""
-    sequence = config.data.sequence or config.model.sequence
     gpu = hardware.find(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
     return Yardstick(
-        tokens_per_step=config.train.global_batch * sequence,
-        flops_per_step=counts.step_flops(config.model, sequence, config.train.global_batch),
+        tokens_per_step=config.train.global_batch * config.sequence,
+        flops_per_step=counts.step_flops(config.model, config.sequence, config.train.global_batch),
         peak_flops=gpu.peak(config.train.precision) if gpu else None,
     )
