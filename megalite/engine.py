@@ -88,6 +88,8 @@ class Engine:
         configuration = zero.settings(
             document, precision=config.train.precision, micro_batch=config.train.micro_batch, reduce=config.train.reduce or "microbatch"
         )
+        if (size := configuration["zero_optimization"].get("zero_hpz_partition_size", 1)) > 1:
+            zero.open_secondary_groups(mesh, size)
         module = self._build(shard=stage == 3, configuration=configuration)
         tied = {name for pair in models.tied(config.model).items() for name in pair}
         self.zero = zero.Zero(
@@ -98,6 +100,7 @@ class Engine:
             optimizer=self._optimizer(module, tied),
             tied=tied,
             sequence_parallel=config.train.sequence_parallel,
+            folder=zero.offload_folder(document),
         )
         rows = (config.train.micro_batch, config.sequence // math.prod(config.sequence_parts.values()))
         self.pipeline = Pipeline(

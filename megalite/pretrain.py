@@ -6,11 +6,13 @@ what to do next.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -32,8 +34,8 @@ from megalite.log import open_console, quiet_foreign
 def pretrain(config: Config, *, command: str) -> None:
     """Prepare if need be, train what is left, report."""
     quiet_foreign()
-    resolve_mesh(config, launch.count_ranks(config))
-    read_document(config)  # preparing a corpus takes minutes: what is wrong is said before
+    config = resolve_mesh(config, launch.count_ranks(config))
+    document = read_document(config)  # preparing a corpus takes minutes: what is wrong is said before
     if launch.stands_alone():
         prepare_corpus(config)
     config = complete(config)
@@ -44,9 +46,15 @@ def pretrain(config: Config, *, command: str) -> None:
         if launch.is_rank_zero():
             _print(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
     else:
-        launch.start(config, _train, warm=("megalite.train", "torch.utils.tensorboard"))
+        launch.start(config, _train, warm=("megalite.train", "torch.utils.tensorboard", functools.partial(_check, document)))
     if launch.is_rank_zero():
         report(config, command=command)
+
+
+def _check(document: dict[str, Any]) -> None:
+    from megalite.parallel import zero
+
+    zero.check(document)
 
 
 def _train(config: Config, rank: int) -> None:

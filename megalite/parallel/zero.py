@@ -14,6 +14,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -23,6 +24,7 @@ import deepspeed.runtime.zero.muon.original_muon
 import deepspeed.runtime.zero.partition_parameters as zero_partition
 import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
 import deepspeed.runtime.zero.stage3 as zero_stage3
+import deepspeed.utils.groups as zero_groups
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -44,11 +46,13 @@ def settings(document: dict[str, Any], *, precision: str, micro_batch: int, redu
     """
     zero = dict(document.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
+    check(document)
+    if offload_folder(document):
+        zero["offload_optimizer"] = {"device": "cpu"}  # to DeepSpeed host memory, whose pages lie in files, see disk.py
     # DeepSpeed 0.19.8 routes bf16 ZeRO-1 with fp32 accumulation to another optimizer, which accumulates and clips by itself, and adds up
     # fp16 gradients in fp16; ZeRO-2 accumulates the same gradients in fp32, sharded. ZeRO 0 is ZeRO-2 over a group of one: DeepSpeed's
     # own reports a norm of 0.
     engine_stage = 2 if stage == 0 or (stage == 1 and precision != "fp32") else stage
-    _check_keys(zero)
     owned = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
@@ -59,13 +63,21 @@ def settings(document: dict[str, Any], *, precision: str, micro_batch: int, redu
         "fp16": {"enabled": precision == "fp16", "loss_scale": 1.0},  # the scale is ours: DeepSpeed's would multiply once a stage
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host too, and needs no compiler there
         "zero_optimization": {**zero, "stage": engine_stage},
     }
     return {**document, **owned}
 
 
-def _check_keys(zero: dict[str, Any]) -> None:
-    """Raises UserError for a key or value that DeepSpeed's zero_optimization does not know."""
+def offload_folder(document: dict[str, Any]) -> Path | None:
+    """Where on a local disk the optimizer's state goes, if the JSON says so."""
+    offload = document.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return Path(offload["nvme_path"]) if offload.get("device") == "nvme" else None
+
+
+def check(document: dict[str, Any]) -> None:
+    """Raises UserError for a key or value of zero_optimization that DeepSpeed does not know, or that this machine cannot do."""
+    zero = document.get("zero_optimization", {})
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
@@ -78,6 +90,9 @@ def _check_keys(zero: dict[str, Any]) -> None:
                 wrong = f"is unknown to DeepSpeed{suggest(key, known)}"
             found.append(f"zero_optimization.{key} {wrong}")
         raise UserError("; ".join(found)) from None
+    quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
+    if quantized and get_accelerator().device_name() == "cpu":  # type: ignore[union-attr]
+        raise UserError(f"zero_optimization.{quantized[0]} needs a GPU, for which DeepSpeed compiles its quantizer; take it out")
 
 
 class _Axes:
@@ -113,7 +128,14 @@ def shard(layer: nn.Module, *, configuration: dict[str, Any], mesh: Mesh, dtype:
     """Replace the parameters of a layer that was just built by this rank's ZeRO-3 partition of them, in place."""
     group = mesh.group("copies")
     _scope_trace_checks(group)
-    deepspeed.zero.Init(module=layer, data_parallel_group=group, config_dict_or_path=configuration, dtype=dtype, mpu=_Axes(mesh, group))
+    deepspeed.zero.Init(
+        module=layer,
+        data_parallel_group=group,
+        zero_param_parallel_group=zero_groups._get_zero_param_intra_parallel_group(),
+        config_dict_or_path=configuration,
+        dtype=dtype,
+        mpu=_Axes(mesh, group),
+    )
 
 
 def start() -> None:
@@ -129,6 +151,18 @@ def start() -> None:
         # 0.19.8 takes "oneDNN has no fast fp16 here" for "torch cannot compute in fp16"; slow will do for proofs and trials
         accelerator.is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def open_secondary_groups(mesh: Mesh, size: int) -> None:
+    """The groups of ZeRO++'s hierarchical partitioning: `size` neighbours among the ranks that hold the same weights.
+
+    DeepSpeed 0.19.8 takes neighbours among all ranks of the world, which under tensor or pipeline parallelism hold other weights.
+    """
+    for line in mesh.lines("dp", "cp"):
+        for first in range(0, len(line), size):
+            group = dist.new_group(line[first : first + size])
+            if mesh.rank in line[first : first + size]:
+                zero_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = group
 
 
 def _add_biases_out_of_place() -> None:
@@ -178,7 +212,9 @@ class Zero:
         optimizer: torch.optim.Optimizer,
         tied: set[str],
         sequence_parallel: bool = False,
+        folder: Path | None = None,
     ) -> None:
+        """`folder`: on a local disk, for what the optimizer keeps; None leaves it in memory."""
         self.mesh, self.zero_stage = mesh, zero_stage
         self.partial = sequence_parallel  # gradients of what tensor-parallel ranks hold as copies come in parts
         group = mesh.group("alone" if zero_stage == 0 else "copies")
@@ -190,7 +226,7 @@ class Zero:
         self.sharded = zero_stage == 3
         self.once = bool(configuration["managed_gradient_accumulation"])
         self.before_update: Callable[[list[Piece]], None] | None = None
-        self.owned = (Sharded if self.sharded else Flat)(self.inner, mesh=mesh, tied=tied, replicated=zero_stage == 0)
+        self.owned = (Sharded if self.sharded else Flat)(self.inner, mesh=mesh, tied=tied, replicated=zero_stage == 0, folder=folder)
         cuts = [parameter.cut for parameter in stage.parameters()]  # type: ignore[attr-defined]
         self.uneven = mesh.tp > 1 and any(part % mesh.tp for cut in cuts for part in cut.parts)
         self.scale = gradients.LossScale() if configuration["fp16"]["enabled"] else None

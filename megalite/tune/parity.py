@@ -112,7 +112,13 @@ def reference(config: Config, *, steps: int) -> list[Step]:
 def on_mesh(config: Config, document: dict[str, Any], *, steps: int, plant: Callable[[], None] | None = None) -> list[Answer]:
     """The same steps on forked ranks of config.mesh; `plant` runs on every rank first and may break something, for tests."""
     work = functools.partial(train_rank, config=config, document=document, steps=steps, plant=plant)
-    return launch.run_ranks(config.mesh.world, work, warm=("megalite.engine",))
+    return launch.run_ranks(config.mesh.world, work, warm=("megalite.engine", functools.partial(_check, document)))
+
+
+def _check(document: dict[str, Any]) -> None:
+    from megalite.parallel import zero  # DeepSpeed takes seconds to import
+
+    zero.check(document)
 
 
 def train_rank(
