@@ -4,13 +4,12 @@ In: this rank's layers, its mesh, the DeepSpeed JSON.  Out: `backward` for one m
 `pieces` (see pieces.py): what this rank owns of every parameter. The norm, clipping, the sum of tied gradients, checkpoints and the
 tests all read pieces, so they are the same for every stage.
 
-ZeRO: Rajbhandari et al. 2019, arXiv:1910.02054. What DeepSpeed 0.19.8 needs to do this under a pipeline is in docs/design/zero.md;
-the mends below carry the version they were seen in, and tests/ranks/test_zero_mends.py fails when one is no longer needed.
+ZeRO: Rajbhandari et al. 2019, arXiv:1910.02054. What DeepSpeed 0.19.8 needs to do this under a pipeline is in mends.py and, where it is a
+matter of how it is called, below; docs/design/zero.md tells how it was found.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,11 +18,8 @@ from typing import Any
 
 import deepspeed
 import deepspeed.runtime.superoffload.superoffload_stage3
-import deepspeed.runtime.zero.linear as zero_linear
 import deepspeed.runtime.zero.muon.original_muon
-import deepspeed.runtime.zero.partition_parameters as zero_partition
 import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
-import deepspeed.runtime.zero.stage3 as zero_stage3
 import deepspeed.utils.groups as zero_groups
 import torch
 import torch.distributed as dist
@@ -35,7 +31,7 @@ from torch import Tensor, nn
 from megalite.config import suggest
 from megalite.errors import UserError
 from megalite.mesh import Mesh
-from megalite.parallel import gradients
+from megalite.parallel import gradients, mends
 from megalite.parallel.pieces import Flat, Piece, Sharded
 
 
@@ -127,7 +123,7 @@ class _Axes:
 def shard(layer: nn.Module, *, configuration: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> None:
     """Replace the parameters of a layer that was just built by this rank's ZeRO-3 partition of them, in place."""
     group = mesh.group("copies")
-    _scope_trace_checks(group)
+    mends.scope_trace_checks(group)
     deepspeed.zero.Init(
         module=layer,
         data_parallel_group=group,
@@ -136,64 +132,6 @@ def shard(layer: nn.Module, *, configuration: dict[str, Any], mesh: Mesh, dtype:
         dtype=dtype,
         mpu=_Axes(mesh, group),
     )
-
-
-def start() -> None:
-    """Let DeepSpeed join the running torch.distributed world.
-
-    On a CPU DeepSpeed 0.19.8 would first compile a shared-memory all-reduce for inference, which needs a compiler and half a minute and
-    is never called here.
-    """
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    _add_biases_out_of_place()
-    accelerator: Any = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        # 0.19.8 takes "oneDNN has no fast fp16 here" for "torch cannot compute in fp16"; slow will do for proofs and trials
-        accelerator.is_fp16_supported = lambda: True
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-
-
-def open_secondary_groups(mesh: Mesh, size: int) -> None:
-    """The groups of ZeRO++'s hierarchical partitioning: `size` neighbours among the ranks that hold the same weights.
-
-    DeepSpeed 0.19.8 takes neighbours among all ranks of the world, which under tensor or pipeline parallelism hold other weights.
-    """
-    for line in mesh.lines("dp", "cp"):
-        for first in range(0, len(line), size):
-            group = dist.new_group(line[first : first + size])
-            if mesh.rank in line[first : first + size]:
-                zero_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = group
-
-
-def _add_biases_out_of_place() -> None:
-    """Under ZeRO-3, DeepSpeed's own linear does the product and then adds the bias to it in place.
-
-    Selective recomputation keeps the product; with DeepSpeed 0.19.8 the bias was in it already when it was added again, and nothing
-    complained.
-    """
-
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if bias is None:
-            return input.matmul(weight.t())
-        return torch.addmm(bias, input.flatten(0, -2), weight.t()).view(*input.shape[:-1], -1)
-
-    zero_linear.LinearFunctionForZeroStage3.forward = staticmethod(forward)
-
-
-def _scope_trace_checks(group: dist.ProcessGroup) -> None:
-    """ZeRO-3 checks that every rank of the WORLD walks the same modules; under a pipeline only the ranks of a stage do.
-
-    Unmended (DeepSpeed 0.19.8), the first forward hangs until the collective's timeout.
-    """
-
-    def same_on_this_stage(ints: list[int]) -> None:
-        seen: list[list[int] | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(seen, list(ints), group=group)
-        if any(other != seen[0] for other in seen):
-            raise RuntimeError("the ranks of this stage walk different modules")
-
-    for module in (zero_coordinator, zero_stage3, zero_partition):
-        module.assert_ints_same_as_other_ranks = same_on_this_stage  # type: ignore[attr-defined]
 
 
 class Zero:
@@ -218,7 +156,7 @@ class Zero:
         self.mesh, self.zero_stage = mesh, zero_stage
         self.partial = sequence_parallel  # gradients of what tensor-parallel ranks hold as copies come in parts
         group = mesh.group("alone" if zero_stage == 0 else "copies")
-        _scope_trace_checks(group)
+        mends.scope_trace_checks(group)
         self.engine, *_ = deepspeed.initialize(
             model=stage, optimizer=optimizer, mpu=_Axes(mesh, group), config=configuration, dist_init_required=False
         )
@@ -243,6 +181,7 @@ class Zero:
             # The trace is taken over the whole optimizer step instead (see `step`): weights stay gathered between neighbouring
             # uses and prefetching works.
             self.inner.parameter_offload.fwd_pre_hook.remove()
+            mends.release_after_every_backward(stage, self.inner.parameter_offload)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -275,16 +214,15 @@ class Zero:
             yield
             return
         coordinator = self._coordinator()
-        prefix = "_PartitionedParameterCoordinator__"
         coordinator.reset_step()  # ends the recording of the step before, if there was one
-        kept = {name: getattr(coordinator, prefix + name) for name in ("trace_mode", "submodule_order", "param_order")}
-        setattr(coordinator, prefix + "trace_mode", zero_coordinator.ZeRoTraceMode.INVALID)
+        kept = {name: getattr(coordinator, mends.PRIVATE + name) for name in ("trace_mode", "submodule_order", "param_order")}
+        setattr(coordinator, mends.PRIVATE + "trace_mode", zero_coordinator.ZeRoTraceMode.INVALID)
         coordinator._clear_trace_structures()
         try:
             yield
         finally:
             for name, value in kept.items():
-                setattr(coordinator, prefix + name, value)
+                setattr(coordinator, mends.PRIVATE + name, value)
             self.inner.parameter_offload.partition_all_parameters()
 
     def _coordinator(self) -> Any:

@@ -168,10 +168,13 @@ def _whole_parameters(engine: Any) -> Iterable[Any]:
 
 
 def _held(engine: Any, pieces: list[Any]) -> int:
-    """Bytes of weights, gradients, master weights and moments this rank holds between reduction and update, each storage once."""
+    """Bytes of weights, gradients, master weights and moments this rank holds between reduction and update, each storage once.
+
+    With ZeRO-3 the weights that are gathered at this moment count too.
+    """
     tensors: list[Tensor] = []
     for parameter in _whole_parameters(engine):
-        tensors += [parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data]
+        tensors += [parameter.data, *([parameter.ds_tensor] if hasattr(parameter, "ds_tensor") else [])]
         tensors += [parameter.grad] if parameter.grad is not None else []
     for piece in pieces:
         tensors += [piece.master, piece.gradient, *piece.moments.values()]
