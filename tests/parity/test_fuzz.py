@@ -36,7 +36,7 @@ def draw(seed: int) -> tuple[Config, dict[str, Any]]:
                 "global_batch": mesh["dp"] * 2 * pick.choice((2, 3, 4, 6)),
                 "micro_batch": pick.choice((1, 2)),
                 "steps": 100,
-                "precision": pick.choice(("fp32", "fp32", "fp32", "fp32", "bf16", "fp16")),
+                "precision": pick.choices(("fp32", "bf16", "fp16"), (12, 3, 1))[0],  # fp16 takes a CPU ten times as long
                 "sequence_parallel": mesh["tp"] > 1 and pick.random() < 0.5,
                 "schedule": schedule,
                 "chunks": pick.choice((2, 3)) if schedule in CHUNKED else None,
@@ -74,7 +74,8 @@ def _model(pick: random.Random, parts: int) -> dict[str, Any]:
         "attention_dropout": pick.choice((0.0, 0.0, 0.0, 0.1)),
     }
     if pick.random() < 0.3:
-        return {**shape, "family": "bert", "activation": "gelu"}
+        # norms behind six blocks of weights drawn with 0.1 make one process 5e-6 of a gradient's largest element wrong, beside fp64
+        return {**shape, "family": "bert", "activation": "gelu", "init_std": 0.05}
     style = {
         "kv_heads": keys,
         "mlp": pick.randrange(parts * 4, 80),
