@@ -84,7 +84,7 @@ def test_tokens_beyond_the_vocabulary_are_refused_when_they_are_met(folder: Path
         ({"gradient_clipping": 0.5}, ["gradient_clipping = 0.5", "train.clip = 1.0"]),
         ({"zero_optimisation": {"stage": 3}}, ["zero_optimisation", "did you mean zero_optimization"]),
         ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 1}}, ["stage3_prefetch_bucket", "stage3_prefetch_bucket_size"]),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer"]),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, ["zero_hpz_partition_size = 3", "mesh.dp x mesh.cp"]),
     ],
 )
 def test_a_deepspeed_json_that_contradicts_the_run_is_refused(folder: Path, document: dict, words: list[str]) -> None:
