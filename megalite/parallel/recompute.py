@@ -7,12 +7,14 @@ dear, the results of matrix products, of attention and of collectives, and compu
 
 from __future__ import annotations
 
-from functools import partial
+from collections import defaultdict, deque
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from megalite.parallel import tensor  # noqa: F401  registers gathered_linear
 
@@ -32,8 +34,37 @@ KEPT = {
 }
 
 
-def _policy(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+class _Keep(TorchDispatchMode):
+    """In the forward pass: remembers what the operations of KEPT put out."""
+
+    def __init__(self, kept: dict[Any, deque[Any]]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in KEPT:
+            self.kept[func].append(tree_map_only(Tensor, Tensor.detach, found))
+        return found
+
+
+class _Recall(TorchDispatchMode):
+    """When the layer runs again: gives back what was kept, in the same order, and computes the rest."""
+
+    def __init__(self, kept: dict[Any, deque[Any]]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return self.kept[func].popleft() if func in KEPT else func(*args, **(kwargs or {}))
+
+
+def _contexts() -> tuple[_Keep, _Recall]:
+    """torch's own (2.13) counts every operation and fails where the second run has others: under ZeRO-3 one run gathers weights and the
+    other may find them there.
+    """
+    kept: dict[Any, deque[Any]] = defaultdict(deque)
+    return _Keep(kept), _Recall(kept)
 
 
 def run(layer: nn.Module, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -46,8 +77,7 @@ def run_full(layer: nn.Module, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 def run_selective(layer: nn.Module, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(layer, x, batch, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return checkpoint(layer, x, batch, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
 
 
 KINDS = {"none": run, "full": run_full, "selective": run_selective}

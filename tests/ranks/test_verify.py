@@ -198,6 +198,14 @@ def test_bytes_sent_are_those_of_the_textbook(stage: int, recipe: str, mesh: dic
     assert set(KINDS) >= set().union(*(answer.sent for answer in answers))
 
 
+def test_weights_that_never_stay_are_gathered_as_often_as_the_textbook_allows() -> None:
+    small = _small(dp=2)
+    document = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}}
+    answers = on_mesh(small, document, steps=STEPS)
+    _, most = expected(small, 3, [answer.parameters for answer in answers], [answer.whole for answer in answers])["all-gather"]
+    assert sum(answer.sent["all-gather"] for answer in answers) == pytest.approx(most, rel=0.05)
+
+
 @pytest.mark.parametrize("dp", [1, 2, 4])
 def test_a_rank_holds_its_share_under_zero_3(dp: int) -> None:
     """fp32: 4 bytes of weights, 4 of gradients, 12 of master weights and moments, for 1/dp of the parameters."""
