@@ -13,15 +13,17 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megalite.data.cuts import cuts_of
 from megalite.data.manifest import Manifest, output_of, write_atomically
-from megalite.data.words import words_of
+from megalite.data.words import Words
 from megalite.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,18 +62,20 @@ class Tokenizer:
         self._starts: tuple[np.ndarray, np.ndarray] | None = None
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """All ids in a row, and how many each text has."""
-        flat, lengths = self._encode_flat(texts)
+        """All ids in a row, and how many each text has: for text by the MB."""
+        return self._without_special(texts, *self._encode_flat(texts))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One array of ids a text, without any special token."""
+        flat, lengths = self._without_special(texts, *_flat(self._encode(texts)))
+        return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+    def _without_special(self, texts: Sequence[str], flat: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self._forbidden[flat].any() or any(self._unknown in text for text in texts):
             batch = np.split(flat, np.cumsum(lengths)[:-1])
             return _flat([self._encode_broken(text) if self._spelled.search(text) or self._forbidden[ids].any() else ids
                           for text, ids in zip(texts, batch, strict=True)])  # fmt: skip
         return flat, lengths
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One array of ids a text, without any special token."""
-        flat, lengths = self.encode_flat(texts)
-        return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
     def _encode_broken(self, text: str) -> list[int]:
         """Encode a text that spells a special token: cut after the spelling's first character, so that it cannot match."""
@@ -156,16 +160,30 @@ class HuggingFace(Tokenizer):
             pieces[i] = piece
         super().__init__(pieces, special, control)
         self._backend = backend
-        self._words = words_of(backend, self._encode)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    @cached_property
+    def _words(self) -> Words | None:
+        """The quick way for this tokenizer, if there is one."""
+        added = [token for token in self._backend.get_added_tokens_decoder().values() if not token.special]
+        if any(len(token.content) < 2 or (token.normalized and self._backend.normalizer) for token in added):
+            return None  # the latter are looked for in what the normaliser makes of a text, so the text does not tell where they are
+        cuts = cuts_of(self._backend)
+        return Words(cuts, [token.content for token in added], self._encode_parts) if cuts else None
+
+    def _encode_parts(self, parts: list[str]) -> Iterator[bytes]:
+        """The ids of each, int32. As the words of one text they are encoded apart as well, at half the time."""
+        for at in range(0, len(parts), 256):
+            batch = parts[at : at + 256]
+            found = self._backend.encode_batch([batch], is_pretokenized=True, add_special_tokens=False)[0]
+            ids = np.array(found.ids, np.int32).tobytes()
+            ends = np.cumsum(4 * np.bincount(np.array(found.word_ids, np.int64), minlength=len(batch))).tolist()
+            yield from (ids[begin:end] for begin, end in pairwise([0, *ends]))
+
     def _encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if self._words is None:
-            return super()._encode_flat(texts)
-        parts = self._words.encode(texts)
-        return np.frombuffer(bytearray().join(parts), np.int32), np.fromiter(map(len, parts), np.int64, len(parts)) // 4
+        return self._words.encode(texts) if self._words else super()._encode_flat(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
