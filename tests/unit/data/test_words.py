@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Fast
 
 from megalite.data import cuts, merges, words
@@ -45,15 +45,19 @@ TEXTS = st.lists(PIECES.map("".join), min_size=1, max_size=4)
 def byte_level(texts) -> Fast:
     """A vocabulary with words of every script, and entries that begin and end inside characters."""
     fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
+    fast.pre_tokenizer = split_by(cuts.LLAMA3)  # which has the longest words: a mark and letters, marks and line ends
     trainer = trainers.BpeTrainer(
         vocab_size=4000, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     alone = ["\n".join(text) for text in SPOKEN[:2]] * 200  # so that most of their characters become one token first
     pairs = ["".join(pair) for pair in product("自由平等，。\u3000", repeat=2)] * 50
-    fast.train_from_iterator([*alone, *pairs, *SPOKEN * 20, *texts[:30]], trainer)
+    fast.train_from_iterator([*alone, *pairs, *SPOKEN * 20, *["\u2002 \n\n", "\u2002\n", "x.\n", "。\n"] * 200, *texts[:30]], trainer)
     return fast
+
+
+def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
 
 
 def quick(kind: str, byte_level: Fast, trained: dict) -> HuggingFace:
@@ -64,16 +68,17 @@ def quick(kind: str, byte_level: Fast, trained: dict) -> HuggingFace:
         return HuggingFace(fast, {"unk": "[UNK]", "mask": "[MASK]"})
     fast = Fast.from_str(byte_level.to_str())
     fast.add_tokens([AddedToken("<think>", normalized=False)])
-    if kind != "gpt2":
-        split = pre_tokenizers.Split(Regex(cuts.LLAMA3 if "llama" in kind else cuts.QWEN2), "isolated")
-        fast.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    if "qwen" in kind:
+    if "gpt2" in kind:
+        fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif "qwen" in kind:
+        fast.pre_tokenizer = split_by(cuts.QWEN2)
+    if "qwen" in kind or "nfc" in kind:
         fast.normalizer = normalizers.NFC()
     fast.model.ignore_merges = "llama" in kind
     return HuggingFace(fast, {"eos": "<|endoftext|>"})
 
 
-KINDS = ["gpt2", "llama3", "qwen2", "bert cased", "bert uncased"]
+KINDS = ["gpt2", "gpt2 nfc", "llama3", "qwen2", "bert cased", "bert uncased"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -148,8 +153,6 @@ def test_entries_that_merges_do_not_make_are_words_of_their_own_only_as_a_whole(
         spelled = "".join(letters[chr(byte)] for byte in piece.encode())
         state["model"]["vocab"].setdefault(spelled, len(state["model"]["vocab"]))
     state["model"]["ignore_merges"] = True
-    split = {"type": "Split", "pattern": {"Regex": cuts.LLAMA3}, "behavior": "Isolated", "invert": False}
-    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, state["pre_tokenizer"] | {"use_regex": False}]}
     tokenizer = HuggingFace(Fast.from_str(json.dumps(state)), {"eos": "<|endoftext|>"})
     alphabet = ["尊", "由", "等", "龘", "自", "平", "律", "人", "，", " ", "。"]
     check(tokenizer, ["".join(parts) for length in (1, 2, 3, 4) for parts in product(alphabet, repeat=length)])
@@ -184,8 +187,7 @@ def test_tokenizers_that_split_in_other_ways_go_their_own_way(byte_level, traine
     elif change == "dropout":
         fast.model.dropout = 0.1
     elif change == "pattern":
-        split = pre_tokenizers.Split(Regex(r"\p{N}{2}|\P{N}+"), "isolated")
-        fast.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        fast.pre_tokenizer = split_by(r"\p{N}{2}|\P{N}+")
     elif change == "added":
         fast.add_tokens([AddedToken("<sum>", normalized=True)])
     elif change == "short":
