@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import models, pre_tokenizers
 
-from megalite.data.tokenizer import TRAINED, open_tokenizer, stored_tokenizer, train_tokenizer
+from megalite.data.tokenizer import open_tokenizer, stored_tokenizer
+from megalite.data.vocabulary import TRAINED, train_tokenizer
 from megalite.errors import UserError
 
 SPELLED = "a<|endoftext|>b [MASK] [CLS] x [SEP] [PAD] [UNK] <unk> <s> </s> <pad> <mask> \uff1c/s\uff1e"
@@ -143,6 +145,19 @@ def test_a_source_that_is_no_tokenizer_is_refused(tmp_path, source, message):
         (tmp_path / source).write_bytes(b"{nonsense")
     with pytest.raises(UserError, match=message):
         open_tokenizer(source)
+
+
+@pytest.mark.parametrize("content", ["{broken", "[1]", '{"eos_token": 7}', '{"eos_token": {"id": 3}}'])
+def test_a_broken_configuration_is_refused(bpe, tmp_path, content):
+    shutil.copytree(bpe, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer_config.json cannot be read .*; mend it, or give the tokenizer's own file"):
+        open_tokenizer(tmp_path / "tokenizer")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder without tokenizer.json, tokenizer.model, spiece.model, and transformers opens it no"):
+        open_tokenizer(tmp_path)
 
 
 def test_byte_level_bpe_needs_room_for_the_bytes():
