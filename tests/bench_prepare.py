@@ -108,7 +108,7 @@ def compare(commands: dict[str, str], folder: Path, sizes: list[int], *, runs: i
 
 
 def main() -> None:
-    from megalite.data.tokenizer import train_tokenizer
+    from megalite.data.vocabulary import train_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", default="12,48")

@@ -130,7 +130,9 @@ def _json(line: bytes, text_key: str, where: str) -> Document | BadLine:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
         return BadLine(where, f"no UTF-8 (byte 0x{line[problem.start]:02x})")
-    except ValueError as problem:
+    except json.JSONDecodeError as problem:
+        return BadLine(where, f"no JSON ({problem.msg.removesuffix(' at')} at character {problem.pos + 1})")
+    except ValueError as problem:  # a number of more digits than Python converts
         return BadLine(where, f"no JSON ({problem})")
     except RecursionError:
         return BadLine(where, "JSON nested too deep")

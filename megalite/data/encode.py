@@ -8,13 +8,12 @@ ends when the pipe closes, also when the parent was killed.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,7 +23,8 @@ import numpy as np
 
 from megalite.data.documents import BadLine, Document, documents
 from megalite.data.inputs import Piece, Reading
-from megalite.data.manifest import SPLITS, write_atomically
+from megalite.data.manifest import SPLITS
+from megalite.data.parts import part_path, write_part
 from megalite.data.shards import token_dtype
 from megalite.data.tokenizer import Tokenizer, open_tokenizer
 from megalite.errors import UserError
@@ -54,10 +54,6 @@ class Recipe:
     def key(self) -> str:
         parts = [self.format, self.reading.text_key, self.reading.documents, self.sentences, self.splits, self.seed, self.fingerprint]
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-
-
-def part_path(folder: Path, piece: Piece, recipe_key: str) -> Path:
-    return folder / f"{hashlib.blake2b((recipe_key + piece.key).encode(), digest_size=16).hexdigest()}.part"
 
 
 def split_of(head: bytes, splits: tuple[float, float, float], seed: int) -> int:
@@ -160,18 +156,6 @@ def slices(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def write_part(path: Path, part: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **part)
-    write_atomically(path, buffer.getvalue())
-
-
-def read_part(path: Path) -> tuple[dict[str, Any], Callable[[str], np.ndarray]]:
-    """The summary of a part, and how to get its arrays."""
-    arrays = np.load(path, allow_pickle=False)
-    return json.loads(arrays["summary"].tobytes()), arrays.__getitem__
-
-
 def serve(connection: Connection, recipe: Recipe, folder: Path) -> None:
     """A worker's life: a piece comes in, its part is written, its summary goes out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; closing the pipe ends us
@@ -187,7 +171,7 @@ def serve(connection: Connection, recipe: Recipe, folder: Path) -> None:
             part = encode_part(piece, recipe, tokenizer)
             write_part(part_path(folder, piece, key), part)
             answer: Any = json.loads(bytes(part["summary"]))
-        except UserError as problem:
+        except (UserError, OSError) as problem:
             answer = problem
         except Exception:
             answer = RuntimeError(f"worker failed at {piece!r}:\n{traceback.format_exc()}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
@@ -72,6 +73,8 @@ def find_files(inputs: Iterable[str]) -> list[Path | str]:
     for name in inputs:
         path = Path(name)
         if name.startswith("hf:"):
+            if not name.removeprefix("hf:").split(":")[0]:
+                raise UserError(f"input {name} names no data set; give hf:NAME[:CONFIG][:SPLIT]")
             found.append(name)
         elif name == "stdlib" and not path.exists():
             root = Path(sysconfig.get_path("stdlib"))
@@ -82,7 +85,8 @@ def find_files(inputs: Iterable[str]) -> list[Path | str]:
                 raise UserError(f"folder {name} holds no file ending in {' '.join(FOLDER)}; name the files themselves")
             found += inside
         elif not path.is_file():
-            raise UserError(f"input {name} does not exist; give files, folders, hf:NAME[:CONFIG][:SPLIT] or stdlib")
+            fault = "is neither file nor folder" if path.exists() else "does not exist"
+            raise UserError(f"input {name} {fault}; give files, folders, hf:NAME[:CONFIG][:SPLIT] or stdlib")
         elif not name.endswith((*TEXT, *LINES, ".parquet")):
             raise UserError(f"input {name} is of no known kind ({' '.join((*TEXT, *LINES, '.parquet'))}); rename or convert it")
         else:
@@ -213,6 +217,7 @@ def _hugging_face(name: str, text_key: str) -> Iterator[tuple[bytes, int]]:
     """hf:NAME[:CONFIG][:SPLIT] as jsonl, streamed."""
     import datasets
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of every try; one line from us says it all
     dataset, *rest = name.removeprefix("hf:").split(":")
     if len(rest) == 1 and rest[0] in ("train", "validation", "test"):
         rest = ["", *rest]

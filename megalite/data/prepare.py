@@ -8,32 +8,34 @@ and the folder goes. Memory holds a few pieces a worker, whatever the input.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from megalite import __version__
 from megalite.data.documents import BadLine, documents
-from megalite.data.encode import REPORTED, Recipe, encode_all, part_path, read_part, split_of
+from megalite.data.encode import REPORTED, Recipe, encode_all, split_of
 from megalite.data.inputs import Piece, Reading, cut, find_files, inventory, piece_size
 from megalite.data.manifest import SPLITS, Manifest
+from megalite.data.parts import part_path, read_part, work_folder
+from megalite.data.progress import Bar
 from megalite.data.shards import Shard, Writer
-from megalite.data.tokenizer import TRAINED, Tokenizer, open_tokenizer, train_tokenizer
+from megalite.data.tokenizer import Tokenizer, open_tokenizer
+from megalite.data.vocabulary import TRAINED, train_tokenizer
 from megalite.errors import UserError
 
 SAMPLE = 100 << 20  # bytes of text a new tokenizer is trained on
-QUIET = 5.0  # seconds between two plain lines of progress
+SIZES = 16, 1 << 20  # of a tokenizer trained here
+WORKERS = 1024
 
 
 class Preparation(BaseModel):
@@ -66,17 +68,29 @@ class Preparation(BaseModel):
 
 
 def prepare(preparation: Preparation, *, console: Console | None = None) -> Manifest:
-    """Do what is left to do; at once if nothing is."""
-    console = console or Console(soft_wrap=True, highlight=False)
+    """Do what is left to do; at once if nothing is. Raises UserError for what cannot be done."""
     _check(preparation)
+    try:
+        return _prepare(preparation, console or Console(soft_wrap=True, highlight=False))
+    except BrokenPipeError:  # nobody reads what we print
+        raise
+    except OSError as problem:
+        what = f"{problem.filename or preparation.output}: {problem.strerror or problem}"
+        raise UserError(f"{what}; see to that and run the same command again, it goes on where it was") from None
+
+
+def _prepare(preparation: Preparation, console: Console) -> Manifest:
     files = find_files(preparation.inputs)
     tokenizer = None if preparation.tokenizer in TRAINED else open_tokenizer(preparation.tokenizer)
     key = _key(preparation, files, tokenizer)
     if finished := _finished(preparation, key):
+        if Path(f"{preparation.output}.parts").is_dir():
+            with work_folder(preparation.output):
+                pass  # killed between its last two steps
         console.print(f"{preparation.output} is prepared already, with these inputs and settings: nothing to do")
         return finished
     began = time.monotonic()
-    with _work_folder(preparation.output) as folder:
+    with work_folder(preparation.output) as folder:
         total = sum(file.stat().st_size for file in files if isinstance(file, Path))
         reading = Reading(preparation.text_key, preparation.documents, piece_size(total))
         if tokenizer is None:
@@ -99,10 +113,15 @@ def prepare(preparation: Preparation, *, console: Console | None = None) -> Mani
 def _check(p: Preparation) -> None:
     if not p.inputs:
         raise UserError("megalite prepare got no input; name files, folders, hf:NAME[:CONFIG][:SPLIT] or stdlib")
-    if min(p.splits) < 0 or abs(sum(p.splits) - 1) > 1e-6:
-        raise UserError(
-            f"--splits {','.join(map(str, p.splits))} sum to {sum(p.splits):g}, shares must sum to 1; for instance 0.98,0.01,0.01"
-        )
+    if p.output.endswith("/") or Path(p.output).name in ("", ".."):
+        raise UserError(f"--output {p.output!r} names no file; give the beginning of what is written, such as data/corpus")
+    if not p.tokenizer.strip():
+        raise UserError(f"--tokenizer {p.tokenizer!r} names none; give a file, a folder, a Hugging Face name or train:bpe")
+    shares = ",".join(map(str, p.splits))
+    if not all(0 <= share <= 1 for share in p.splits):
+        raise UserError(f"--splits {shares}: a share is from 0 to 1; for instance 0.98,0.01,0.01")
+    if abs(sum(p.splits) - 1) > 1e-6:
+        raise UserError(f"--splits {shares} sum to {sum(p.splits):g}, shares must sum to 1; for instance 0.98,0.01,0.01")
     if p.splits[0] == 0:
         raise UserError("--splits gives 0 to training; the first share must be above 0")
     if p.tokenizer.startswith("train:") and p.tokenizer not in TRAINED:
@@ -111,10 +130,11 @@ def _check(p: Preparation) -> None:
         raise UserError(
             f"--vocab-size {p.vocab_size} is for a tokenizer trained here, but --tokenizer {p.tokenizer} has its own; leave it out"
         )
-    if p.vocab_size is not None and p.vocab_size < 16:
-        raise UserError(f"--vocab-size {p.vocab_size} is too small for any tokenizer; choose some thousands")
-    if p.workers is not None and p.workers < 1:
-        raise UserError(f"--workers {p.workers} is below 1; leave it out for one a core")
+    if p.vocab_size is not None and not SIZES[0] <= p.vocab_size <= SIZES[1]:
+        too = "small" if p.vocab_size < SIZES[0] else "large"
+        raise UserError(f"--vocab-size {p.vocab_size} is too {too}, {SIZES[0]} to {SIZES[1]} can be trained; choose some ten thousands")
+    if p.workers is not None and not 1 <= p.workers <= WORKERS:
+        raise UserError(f"--workers {p.workers} is not from 1 to {WORKERS}; leave it out for one a core")
 
 
 def _key(p: Preparation, files: list[Path | str], tokenizer: Tokenizer | None) -> str:
@@ -124,38 +144,14 @@ def _key(p: Preparation, files: list[Path | str], tokenizer: Tokenizer | None) -
 
 
 def _finished(p: Preparation, key: str) -> Manifest | None:
-    if not Manifest.path(p.output).is_file():
-        return None
-    manifest = Manifest.find(p.output)
-    if manifest is None or manifest.key != key:
-        return None
     try:
+        manifest = Manifest.find(p.output)
+        if manifest is None or manifest.key != key:
+            return None
         whole = all(Shard(f"{p.output}.{split}").num_tokens == counts["tokens"] for split, counts in manifest.counts.items())
         return manifest if whole and open_tokenizer(f"{p.output}.tokenizer").fingerprint == manifest.tokenizer else None
     except UserError:
-        return None  # something was deleted or cut: make it again
-
-
-@contextmanager
-def _work_folder(output: str) -> Iterator[Path]:
-    """OUTPUT.parts, for one preparation at a time; it stays when we fail and goes when we are done."""
-    folder = Path(f"{output}.parts")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(f"--output {output} cannot be written ({problem.strerror}: {problem.filename}); choose another place") from None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another `megalite prepare` is writing {output}; wait for it or choose another --output") from None
-        except OSError:
-            pass  # a file system without locks
-        yield folder
-        shutil.rmtree(folder)
-    finally:
-        os.close(handle)
+        return None  # something was deleted, cut or damaged: make it again
 
 
 def _recipe(p: Preparation, reading: Reading, tokenizer: Tokenizer, folder: Path) -> Recipe:
@@ -186,7 +182,7 @@ def _trained(p: Preparation, files: list[Path | str], reading: Reading, folder: 
                 if isinstance(found, BadLine):
                     if p.bad_lines == "refuse":
                         raise _refused([f"{found.where}: {found.why}"], 1)
-                elif split_of(found.head, p.splits, p.seed) == 0:
+                elif found.text.strip() and split_of(found.head, p.splits, p.seed) == 0:
                     taken += len(found.text)
                     yield found.text
             bar.advance(piece.size)
@@ -194,8 +190,11 @@ def _trained(p: Preparation, files: list[Path | str], reading: Reading, folder: 
                 return
 
     began = time.monotonic()
-    with _Bar(console, f"training {p.tokenizer[6:]} tokenizer", total // every) as bar:
-        tokenizer = train_tokenizer(p.tokenizer, texts(), vocab_size=size)
+    with Bar(console, f"training {p.tokenizer[6:]} tokenizer", total // every) as bar:
+        found = texts()
+        if (first := next(found, None)) is None:
+            raise UserError(f"no text to train a tokenizer on in {' '.join(p.inputs)}; check the inputs and --text-key, or --splits 1,0,0")
+        tokenizer = train_tokenizer(p.tokenizer, chain([first], found), vocab_size=size)
     console.print(f"trained a {p.tokenizer[6:]} tokenizer with {tokenizer.vocab_size:,} entries in {time.monotonic() - began:.1f} s")
     if tokenizer.vocab_size < size:
         console.print(f"  (asked for {size:,}: the text gives no more)")
@@ -233,14 +232,14 @@ def _encode(
             path = part_path(folder, piece, key)
             parts.append(path)
             sizes[number] = piece.size
-            if path.is_file():
+            if summary := _kept(path):
                 seen["reused"] += 1
-                count(number, read_part(path)[0])
+                count(number, summary)
             else:
                 yield number, piece
 
     workers = p.workers or len(os.sched_getaffinity(0))
-    with _Bar(console, "tokenizing", total) as bar:
+    with Bar(console, "tokenizing", total) as bar:
         for number, summary in encode_all(left(), recipe, folder, workers=workers):
             count(number, summary)
     if seen["reused"]:
@@ -250,6 +249,14 @@ def _encode(
     if not seen["documents"]:
         raise UserError(f"no text in {' '.join(p.inputs)}: 0 documents in {len(files)} files; check the inputs and --text-key")
     return parts, seen["bad"], seen["bytes"]
+
+
+def _kept(path: Path) -> dict | None:
+    """The summary of a part that an earlier run made."""
+    try:
+        return read_part(path)[0] if path.is_file() else None
+    except UserError:
+        return None  # damaged
 
 
 def _assemble(p: Preparation, parts: list[Path], recipe: Recipe, tokenizer: Tokenizer, key: str, bad: int) -> Manifest:
@@ -293,40 +300,3 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {"megalite": __version__} | {name: version(name) for name in ("tokenizers", "sentencepiece", "sentencex")}
-
-
-class _Bar:
-    """A bar on a terminal, a plain line now and then elsewhere."""
-
-    def __init__(self, console: Console, title: str, total: int) -> None:
-        self._console, self._title, self._total, self._done, self._said = console, title, total, 0, time.monotonic()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-        self._began = time.monotonic()
-
-    def __enter__(self) -> _Bar:
-        if self._progress:
-            self._progress.start()
-            self._task = self._progress.add_task(self._title, total=self._total or None, rate="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def advance(self, size: int) -> None:
-        self._done += size
-        now = time.monotonic()
-        rate = f"{self._done / 1e6 / max(now - self._began, 1e-3):.1f} MB/s"
-        if self._progress:
-            self._progress.update(self._task, completed=self._done, rate=rate)
-        elif now - self._said >= QUIET:
-            share = f" of {self._total / 1e6:.1f} MB ({100 * self._done // self._total} %)" if self._total else ""
-            self._console.print(f"{self._title}: {self._done / 1e6:.1f} MB{share}, {rate}", highlight=False)
-            self._said = now

@@ -1,27 +1,27 @@
-"""Text to token ids and back: the one door to tokenizers, transformers' AutoTokenizer and sentencepiece.
+"""Text to token ids and back: the one door to transformers' AutoTokenizer.
 
-In: a tokenizer.json, a folder, a SentencePiece .model, a Hugging Face name, or text to train a new one on (byte-level BPE, Sennrich
-et al. 2016; WordPiece, Schuster and Nakajima 2012; Unigram, Kudo 2018). Out: a `Tokenizer`. Text is data: "<|endoftext|>" or
-"[MASK]" spelled out in a document never becomes that token, whichever source the tokenizer has. Saved, it is a folder that
-transformers opens as well.
+In: a tokenizer.json, a folder, a SentencePiece .model or a Hugging Face name (new ones come from `vocabulary.py`). Out: a `Tokenizer`.
+Text is data: "<|endoftext|>" or "[MASK]" spelled out in a document never becomes that token, whichever source the tokenizer has.
+Saved, it is a folder that transformers opens as well.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import logging
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megalite.data.cuts import cuts_of
 from megalite.data.manifest import Manifest, output_of, write_atomically
-from megalite.data.words import words_of
+from megalite.data.words import Words
 from megalite.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ ROLES = {  # spellings tried where no tokenizer_config.json says which token doe
     "sep": ("[SEP]", "<sep>"),
     "unk": ("[UNK]", "<unk>"),
 }
-TRAINED = ("train:bpe", "train:wordpiece", "train:unigram")
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")  # what a tokenizer's folder may hold
 PROBE = "Probe 0123  two spaces\n\tTab, Ünïcödé ＡＢ 日本語 don't CamelCase_snake-case 1e-5 🙂 \u00a0end"  # noqa: RUF001
 
 
@@ -60,18 +60,20 @@ class Tokenizer:
         self._starts: tuple[np.ndarray, np.ndarray] | None = None
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """All ids in a row, and how many each text has."""
-        flat, lengths = self._encode_flat(texts)
+        """All ids in a row, and how many each text has: for text by the MB."""
+        return self._without_special(texts, *self._encode_flat(texts))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One array of ids a text, without any special token."""
+        flat, lengths = self._without_special(texts, *_flat(self._encode(texts)))
+        return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+    def _without_special(self, texts: Sequence[str], flat: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self._forbidden[flat].any() or any(self._unknown in text for text in texts):
             batch = np.split(flat, np.cumsum(lengths)[:-1])
             return _flat([self._encode_broken(text) if self._spelled.search(text) or self._forbidden[ids].any() else ids
                           for text, ids in zip(texts, batch, strict=True)])  # fmt: skip
         return flat, lengths
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One array of ids a text, without any special token."""
-        flat, lengths = self.encode_flat(texts)
-        return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
     def _encode_broken(self, text: str) -> list[int]:
         """Encode a text that spells a special token: cut after the spelling's first character, so that it cannot match."""
@@ -156,16 +158,30 @@ class HuggingFace(Tokenizer):
             pieces[i] = piece
         super().__init__(pieces, special, control)
         self._backend = backend
-        self._words = words_of(backend, self._encode)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    @cached_property
+    def _words(self) -> Words | None:
+        """The quick way for this tokenizer, if there is one."""
+        added = [token for token in self._backend.get_added_tokens_decoder().values() if not token.special]
+        if any(len(token.content) < 2 or (token.normalized and self._backend.normalizer) for token in added):
+            return None  # the latter are looked for in what the normaliser makes of a text, so the text does not tell where they are
+        cuts = cuts_of(self._backend)
+        return Words(cuts, [token.content for token in added], self._encode_parts) if cuts else None
+
+    def _encode_parts(self, parts: list[str]) -> Iterator[bytes]:
+        """The ids of each, int32. As the words of one text they are encoded apart as well, at half the time."""
+        for at in range(0, len(parts), 256):
+            batch = parts[at : at + 256]
+            found = self._backend.encode_batch([batch], is_pretokenized=True, add_special_tokens=False)[0]
+            ids = np.array(found.ids, np.int32).tobytes()
+            ends = np.cumsum(4 * np.bincount(np.array(found.word_ids, np.int64), minlength=len(batch))).tolist()
+            yield from (ids[begin:end] for begin, end in pairwise([0, *ends]))
+
     def _encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if self._words is None:
-            return super()._encode_flat(texts)
-        parts = self._words.encode(texts)
-        return np.frombuffer(bytearray().join(parts), np.int32), np.fromiter(map(len, parts), np.int64, len(parts)) // 4
+        return self._words.encode(texts) if self._words else super()._encode_flat(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -209,7 +225,7 @@ def open_tokenizer(source: str | Path) -> Tokenizer:
     """A tokenizer.json, a SentencePiece .model, a folder with either, or the name of a Hugging Face tokenizer."""
     path = Path(source)
     if path.is_dir():
-        file = next((path / name for name in ("tokenizer.json", "tokenizer.model", "spiece.model") if (path / name).is_file()), None)
+        file = next((path / name for name in FILES if (path / name).is_file()), None)
         return _open_file(file, _configured(path)) if file else _open_by_name(str(path))
     if path.is_file():
         return _open_file(path, {})
@@ -252,12 +268,15 @@ def _open_file(path: Path, spelled: dict[str, str]) -> Tokenizer:
 def _open_by_name(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of every try; one line from us says it all
     try:
         found = AutoTokenizer.from_pretrained(name, use_fast=True)
     except Exception as problem:
         reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         raise UserError(
-            f"tokenizer {name} is no file, and Hugging Face gives none of that name ({reason}); give a file, or train:bpe"
+            f"tokenizer {name} is a folder without {', '.join(FILES)}, and transformers opens it no other way ({reason}); give another"
+            if Path(name).is_dir()
+            else f"tokenizer {name} is no file, and Hugging Face gives none of that name ({reason}); give a file, or train:bpe"
         ) from None
     if not getattr(found, "is_fast", False):
         raise UserError(f"tokenizer {name} has no fast version; give its tokenizer.json or .model file")
@@ -275,90 +294,13 @@ def _configured(folder: Path) -> dict[str, str]:
     spelled = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            config = json.loads((folder / name).read_text("utf-8"))
-            for role in ROLES:
-                token = config.get(f"{role}_token")
-                token = token.get("content") if isinstance(token, dict) else token
-                if token:
-                    spelled[role] = token
+            try:
+                config = json.loads((folder / name).read_text("utf-8"))
+                for role in ROLES:
+                    token = config.get(f"{role}_token")
+                    token = token["content"] if isinstance(token, dict) else token
+                    if token:
+                        spelled[role] = token + ""
+            except (ValueError, AttributeError, TypeError, KeyError) as problem:
+                raise UserError(f"{folder / name} cannot be read ({problem}); mend it, or give the tokenizer's own file") from None
     return spelled
-
-
-def train_tokenizer(kind: str, texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """A new tokenizer of this kind; the same texts give the same tokenizer, byte for byte."""
-    return {"train:bpe": _train_bpe, "train:wordpiece": _train_wordpiece, "train:unigram": _train_unigram}[kind](texts, vocab_size)
-
-
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """GPT-2's: 256 bytes, so every text can be written and read back exactly."""
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + 1:
-        raise UserError(
-            f"--vocab-size {vocab_size} is below the 256 bytes and <|endoftext|> of byte-level BPE; choose {len(alphabet) + 1} or more"
-        )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False, max_token_length=32
-    )
-    fast.train_from_iterator(texts, trainer)
-    return HuggingFace(fast, {"eos": "<|endoftext|>"})
-
-
-def _train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """BERT's, cased: source code and names mean different things in lower case.
-
-    The trainer numbers "##c" in the order of a hash table, another in every process, and breaks ties by number. Named as special
-    tokens they are numbered before it begins; the tokenizer is then built from the vocabulary without that trick.
-    """
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-
-    def build(vocabulary: dict[str, int]) -> Fast:
-        fast = Fast(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-        fast.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
-        fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        fast.decoder = decoders.WordPiece()
-        return fast
-
-    special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    sample = list(texts)
-    counts: Counter[str] = Counter()
-    for text in sample:
-        counts.update(text)
-    common = sorted((c for c in counts if c.isprintable() and c != " "), key=lambda c: (-counts[c], c))
-    letters = sorted(common[: min(1000, vocab_size // 4)])
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, show_progress=False, initial_alphabet=letters, limit_alphabet=len(letters),
-        special_tokens=[*special.values(), *(f"##{c}" for c in letters)],
-    )  # fmt: skip
-    fast = build({})
-    fast.train_from_iterator(sample, trainer)
-    return HuggingFace(build(fast.get_vocab(with_added_tokens=True)), special)
-
-
-def _train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """SentencePiece's, with bytes for what the pieces cannot write; spaces and line ends are kept.
-
-    (The trainer of `tokenizers` gave another vocabulary on every run.)
-    """
-    import sentencepiece
-
-    model = io.BytesIO()
-    lines = (line for text in texts for line in text.split("\n") if line and len(line) < 4096)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, model_type="unigram", vocab_size=vocab_size, byte_fallback=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
-            split_digits=True, user_defined_symbols=["\n"], unk_id=0, bos_id=-1, eos_id=1, pad_id=-1, eos_piece="<|endoftext|>",
-            num_threads=4, hard_vocab_limit=False, input_sentence_size=2_000_000, shuffle_input_sentence=False, minloglevel=2,
-        )  # fmt: skip
-    except RuntimeError as problem:
-        raise UserError(
-            f"--tokenizer train:unigram with --vocab-size {vocab_size} failed ({problem}); choose another size or more text"
-        ) from None
-    return SentencePiece(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), {"eos": "<|endoftext|>"})

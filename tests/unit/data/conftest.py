@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megalite.data.tokenizer import TRAINED, Tokenizer, train_tokenizer
+from megalite.data.tokenizer import Tokenizer
+from megalite.data.vocabulary import TRAINED, train_tokenizer
 
 ODD = [
     "a document that spells <|endoftext|> and [MASK] and </s>",

@@ -21,6 +21,7 @@ from megalite.data import prepare as module
 from megalite.data.encode import Recipe, encode_part, split_of, split_sentences
 from megalite.data.inputs import Piece, Reading, cut
 from megalite.data.manifest import Manifest
+from megalite.data.parts import work_folder
 from megalite.data.prepare import Preparation, prepare
 from megalite.data.shards import Shard
 from megalite.data.tokenizer import open_tokenizer, stored_tokenizer
@@ -204,7 +205,15 @@ def test_broken_lines_are_refused_or_skipped_by_choice(texts, bpe, tmp_path):
         ({"tokenizer": "train:char"}, r"--tokenizer train:char is not one of train:bpe, train:wordpiece, train:unigram"),
         ({"vocab_size": 500}, r"--vocab-size 500 is for a tokenizer trained here"),
         ({"tokenizer": "train:bpe", "vocab_size": 3}, r"--vocab-size 3 is too small"),
-        ({"workers": 0}, r"--workers 0 is below 1"),
+        ({"workers": 0}, r"--workers 0 is not from 1 to 1024; leave it out for one a core"),
+        ({"workers": 10**6}, r"--workers 1000000 is not from 1 to 1024"),
+        ({"tokenizer": "train:bpe", "vocab_size": 10**11}, r"--vocab-size 100000000000 is too large, 16 to 1048576 can be trained"),
+        ({"splits": (float("nan"), 0.5, 0.5)}, r"--splits nan,0.5,0.5: a share is from 0 to 1"),
+        ({"splits": (0.5, 0.6, -0.1)}, r"--splits 0.5,0.6,-0.1: a share is from 0 to 1"),
+        ({"output": "data/"}, r"--output 'data/' names no file; give the beginning of what is written, such as data/corpus"),
+        ({"output": ""}, r"--output '' names no file"),
+        ({"tokenizer": " "}, r"--tokenizer ' ' names none; give a file"),
+        ({"inputs": ("hf:",)}, r"input hf: names no data set"),
         ({"inputs": ()}, r"got no input; name files, folders"),
         ({"text_key": "body"}, r'tiny.jsonl:1: no "text"|tiny.jsonl:1: no "body" \(it has text; --text-key\)'),
     ],
@@ -214,6 +223,124 @@ def test_settings_that_make_no_sense_are_refused(bpe, tmp_path, settings, messag
     preparation = {"inputs": (str(tmp_path / "tiny.jsonl"),), "output": str(tmp_path / "out"), "tokenizer": bpe, "workers": 1, **settings}
     with pytest.raises(UserError, match=message):
         prepare(Preparation(**preparation), console=Console(file=io.StringIO()))
+
+
+REFUSALS = {
+    "a broken line": ({}, ['{"text": "cut'], "no JSON"),
+    "a broken line while training": ({"tokenizer": "train:bpe"}, ['{"text": "cut'], "no JSON"),
+    "no text": ({}, [], "no text in"),
+    "no text to train on": ({"tokenizer": "train:unigram"}, ['{"text": " "}'], "no text to train a tokenizer on in"),
+    "no text for training": ({"splits": (1e-9, 1 - 1e-9, 0.0)}, ['{"text": "x"}'], "the training split is empty"),
+    "no such field": ({"text_key": "body"}, ['{"text": "x"}'], 'no "body"'),
+    "no such tokenizer": ({"tokenizer": "./nowhere.json"}, ['{"text": "x"}'], "does not exist"),
+    "no end of text": ({"tokenizer": "wordpiece", "split_sentences": False}, ['{"text": "x"}'], "has no end-of-text token"),
+    "too small a vocabulary": ({"tokenizer": "train:bpe", "vocab_size": 100}, ['{"text": "x"}'], "is below the 256 bytes"),
+    "too small a vocabulary for its letters": (
+        {"tokenizer": "train:unigram", "vocab_size": 20},
+        ['{"text": "x"}'],
+        "is smaller than",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refusal_is_one_line_and_leaves_nothing(bpe, wordpiece, tmp_path, name):
+    settings, lines, message = REFUSALS[name]
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(lines))
+    settings = {"tokenizer": bpe, **settings}
+    settings["tokenizer"] = wordpiece if settings["tokenizer"] == "wordpiece" else settings["tokenizer"]
+    with pytest.raises(UserError, match=message) as refused:
+        run(source, output=tmp_path / "new" / "folder" / "out", **settings)
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_refusal_leaves_what_was_there_before(corpus, bpe, tmp_path, monkeypatch):
+    run(corpus, output=tmp_path / "out", tokenizer=bpe)
+    before = content(tmp_path / "out")
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(UserError):
+        run(tmp_path / "bad.jsonl", output=tmp_path / "out", tokenizer=bpe)
+    assert content(tmp_path / "out") == before
+    assert "nothing to do" in run(corpus, output=tmp_path / "out", tokenizer=bpe)[1]
+    with pytest.raises(OSError, match="no"), work_folder(str(tmp_path / "other")) as folder:
+        (folder / "finished.part").touch()
+        raise OSError("no")
+    with pytest.raises(UserError):
+        run(tmp_path / "bad.jsonl", output=tmp_path / "other", tokenizer=bpe)
+    assert (tmp_path / "other.parts" / "finished.part").exists()
+
+
+def test_long_work_outlives_a_refusal(texts, bpe, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:30]))
+    (tmp_path / "b.jsonl").write_text("{")
+    monkeypatch.setattr("megalite.data.parts.WORTH", 0.0)
+    with pytest.raises(UserError, match="no JSON"):
+        run(tmp_path / "a.jsonl", tmp_path / "b.jsonl", output=tmp_path / "out", tokenizer=bpe)
+    with pytest.raises(UserError, match=r"the preparation of .*out was not finished"):
+        Shard(tmp_path / "out.train")
+    _, said = run(tmp_path / "a.jsonl", tmp_path / "b.jsonl", output=tmp_path / "out", tokenizer=bpe, bad_lines="skip")
+    assert "took over 2 of 2 pieces from an earlier run" in said
+
+
+def test_a_damaged_part_is_made_anew(corpus, bpe, once, tmp_path, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.Manifest, "save", die)
+        run(corpus, output=tmp_path / "corpus", tokenizer=bpe)
+    parts = sorted((tmp_path / "corpus.parts").glob("*.part"))
+    data = parts[0].read_bytes()
+    parts[0].write_bytes(data[: len(data) // 2])
+    at = len(data) // 4  # in the tokens
+    parts[1].write_bytes(parts[1].read_bytes()[:at] + b"damage" + parts[1].read_bytes()[at + 6 :])
+    with pytest.raises(UserError, match=rf"{parts[1].name} was damaged and is removed; run the same command again"):
+        run(corpus, output=tmp_path / "corpus", tokenizer=bpe)
+    run(corpus, output=tmp_path / "corpus", tokenizer=bpe)
+    assert content(tmp_path / "corpus") == content(once)
+
+
+def test_parts_that_a_kill_left_behind_finished_work_go(corpus, bpe, tmp_path):
+    run(corpus, output=tmp_path / "out", tokenizer=bpe)
+    (tmp_path / "out.parts").mkdir()
+    assert "nothing to do" in run(corpus, output=tmp_path / "out", tokenizer=bpe)[1]
+    assert not (tmp_path / "out.parts").exists()
+
+
+def test_a_damaged_manifest_does_not_stand_in_the_way(corpus, bpe, once, tmp_path):
+    run(corpus, output=tmp_path / "corpus", tokenizer=bpe)
+    Manifest.path(tmp_path / "corpus").write_text("{")
+    run(corpus, output=tmp_path / "corpus", tokenizer=bpe)
+    assert content(tmp_path / "corpus") == content(once)
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_work_stays(texts, bpe, tmp_path):
+    """No file may grow beyond 40 kB; a part fits, the shard of all does not."""
+    source = tmp_path / "a.txt"
+    source.write_text("".join(texts)[:60_000])
+    line = f"{sys.executable} -m megalite prepare {source} --output {tmp_path}/out --tokenizer {bpe} --workers 1 --splits 1,0,0"
+    for blocks, words in (("20", "File too large; see to that and run the same command again"), ("unlimited", "prepared")):
+        done = subprocess.run(["bash", "-c", f"ulimit -f {blocks} && {line}"], capture_output=True, text=True)
+        assert "Traceback" not in done.stderr
+        assert words in done.stdout + done.stderr
+        assert done.returncode == (2 if blocks != "unlimited" else 0)
+    assert not (tmp_path / "out.parts").exists()
+    assert Shard(tmp_path / "out.train").num_documents == 1
+
+
+def test_an_input_that_cannot_be_read_is_told_in_one_line(texts, bpe, tmp_path, monkeypatch):
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "x"}')
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(source))
+
+    monkeypatch.setattr("megalite.data.prepare.encode_all", refuse)
+    with pytest.raises(UserError, match=r"a.jsonl: Permission denied; see to that and run the same command again"):
+        run(source, output=tmp_path / "out", tokenizer=bpe)
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_a_corpus_without_text_is_refused(bpe, tmp_path):
@@ -242,7 +369,7 @@ def test_gpt_needs_an_end_of_text_token(wordpiece, corpus, tmp_path):
 
 
 def test_two_preparations_of_one_output_do_not_mix(corpus, bpe, tmp_path):
-    with module._work_folder(str(tmp_path / "out")), pytest.raises(UserError, match="another `megalite prepare` is writing"):
+    with work_folder(str(tmp_path / "out")), pytest.raises(UserError, match="another `megalite prepare` is writing"):
         run(corpus, output=tmp_path / "out", tokenizer=bpe)
 
 

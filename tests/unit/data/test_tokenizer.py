@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import random
+import shutil
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Fast
+from tokenizers import models, pre_tokenizers
 
-from megalite.data import words as quick
-from megalite.data.tokenizer import TRAINED, open_tokenizer, stored_tokenizer, train_tokenizer
+from megalite.data.tokenizer import open_tokenizer, stored_tokenizer
+from megalite.data.vocabulary import TRAINED, train_tokenizer
 from megalite.errors import UserError
 
 SPELLED = "a<|endoftext|>b [MASK] [CLS] x [SEP] [PAD] [UNK] <unk> <s> </s> <pad> <mask> \uff1c/s\uff1e"
@@ -147,6 +147,19 @@ def test_a_source_that_is_no_tokenizer_is_refused(tmp_path, source, message):
         open_tokenizer(source)
 
 
+@pytest.mark.parametrize("content", ["{broken", "[1]", '{"eos_token": 7}', '{"eos_token": {"id": 3}}'])
+def test_a_broken_configuration_is_refused(bpe, tmp_path, content):
+    shutil.copytree(bpe, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer_config.json cannot be read .*; mend it, or give the tokenizer's own file"):
+        open_tokenizer(tmp_path / "tokenizer")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder without tokenizer.json, tokenizer.model, spiece.model, and transformers opens it no"):
+        open_tokenizer(tmp_path)
+
+
 def test_byte_level_bpe_needs_room_for_the_bytes():
     with pytest.raises(UserError, match="--vocab-size 200 is below the 256 bytes"):
         train_tokenizer("train:bpe", ["abc"], vocab_size=200)
@@ -154,40 +167,3 @@ def test_byte_level_bpe_needs_room_for_the_bytes():
 
 def test_shards_of_megatron_have_no_stored_tokenizer(tmp_path):
     assert stored_tokenizer(tmp_path / "megatron_text_document") is None
-
-
-@pytest.mark.parametrize("pattern", ["GPT2", "LLAMA3", "QWEN2"])
-def test_words_from_memory_have_the_ids_that_the_tokenizer_gives(trained, texts, pattern, tmp_path, monkeypatch):
-    """Every boundary of two characters counts, so the text is drawn from all that the quick way takes, odd ones often."""
-    trained["train:bpe"].save(tmp_path)
-    fast = Fast.from_file(str(tmp_path / "tokenizer.json"))
-    fast.add_tokens([AddedToken("<think>", normalized=False)])
-    if pattern != "GPT2":
-        split = pre_tokenizers.Split(Regex(getattr(quick, pattern)), "isolated")
-        fast.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        fast.normalizer = normalizers.NFC()
-    fast.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = open_tokenizer(tmp_path)
-    monkeypatch.setattr(quick, "MEMORY", 100_000)  # forget often
-    draw = random.Random(0)
-    simple = [c for c in map(chr, range(0x2100)) if not quick.OTHER.match(c)]
-    odd = [*"  \t\r\n\n'stdmlrveSTDMLRVE_09½²ª\u017f\x1c\x1f\x85\xa0\u2028“”…", "'ll", "'Re", "<think>", "<|endoftext|>", "e\u0301", "日本"]
-    drawn = ["".join(draw.choices(draw.choice([simple, odd, odd[:20]]), k=draw.randrange(60))) for _ in range(4000)]
-    for batch in (drawn, texts, ["".join(simple)]):
-        ours = tokenizer.encode_batch(batch)
-        theirs = tokenizer._encode(batch)
-        assert all(a.tolist() == b for a, b in zip(ours, theirs, strict=True))
-    taken = [text for text in drawn if not quick.OTHER.search(text)]
-    assert len(taken) > 1000
-    for text in (*taken, "".join(simple)):
-        theirs = [text[a:b] for _, (a, b) in fast.pre_tokenizer.pre_tokenize_str(text)]
-        assert quick.words_of(fast, list)._find(text) == theirs
-
-
-def test_words_are_remembered_only_where_splitting_is_known(tmp_path, trained):
-    trained["train:bpe"].save(tmp_path)
-    for part, other in (("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)), ("normalizer", normalizers.Lowercase())):
-        fast = Fast.from_file(str(tmp_path / "tokenizer.json"))
-        assert quick.words_of(fast, list)
-        setattr(fast, part, other)
-        assert quick.words_of(fast, list) is None
