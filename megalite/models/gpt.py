@@ -40,7 +40,7 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
         x = self.token(ids)
         if self.position is not None:
-            x = x + self.position(torch.arange(ids.shape[1], device=ids.device))
+            x = x + self.position(batch.get("positions", torch.arange(ids.shape[1], device=ids.device)))
         return x
 
 

@@ -46,8 +46,10 @@ class Attention(nn.Module):
         keys = heads.shape[2] // (self.queries_per_key + 2)
         q, k, v = heads.split([keys * self.queries_per_key, keys, keys], dim=2)
         if self.rope_base is not None:
-            q, k = rotate(q, self.rope_base), rotate(k, self.rope_base)
-        mixed = attend(q, k, v, causal=self.causal, lengths=None if self.causal else batch["length"])
+            q, k = (rotate(t, self.rope_base, batch.get("positions")) for t in (q, k))
+        mixed = attend(
+            q, k, v, causal=self.causal, lengths=None if self.causal else batch["length"], documents=batch.get("documents"), memo=batch
+        )
         return self.out(mixed.flatten(2))
 
 

@@ -10,6 +10,8 @@ from megalite_kernels.tables import BLOCKS, INTERPRETER, KERNELS, Tile, entries,
 
 compiled = pytest.importorskip("megalite_kernels.compiled")
 
+pytestmark = pytest.mark.timeout(900)  # the first test compiles all of them
+
 ARCHS = [arch for arch in read_tables() if arch != INTERPRETER]
 ENTRIES = [(arch, entry) for arch in ARCHS for entry in entries(arch)]
 

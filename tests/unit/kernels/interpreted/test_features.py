@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from megalite_kernels import attention, launch
+from megalite_kernels import attention, launch, selftest
 from megalite_kernels.randomness import draw_seed, kept
 from megalite_kernels.spans import FAR, band, packed_spans
 from megalite_kernels.tables import Tile
@@ -157,3 +157,24 @@ def test_the_deterministic_form_gives_the_same_bits_and_follows_torch(monkeypatc
         attention(q, k, v, impl="triton").sum().backward()  # type: ignore[union-attr]
     attention(q, k, v, impl="triton", deterministic=False).sum().backward()  # type: ignore[union-attr]
     assert seen == [False, True, False]
+
+
+def test_the_self_test_passes_right_kernels_and_names_wrong_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(selftest, "ROWS", 150)
+    documents = torch.tensor([0, 70, 71, 130, 150])
+    monkeypatch.setattr(selftest, "packed_spans", lambda _, **kw: packed_spans(documents, **kw))
+    assert selftest.disagreement(cpu, torch.float32, 32) is None
+    original = launch.run_backward
+
+    def wrong(dout: Tensor, dlse: Any, out: Tensor, lse: Tensor, x: Any, call: Any) -> tuple[Tensor, ...]:
+        dq, dk, dv = original(dout, dlse, out, lse, x, call)
+        if x.spans is not None and call.deterministic:
+            dk[:, -16:] = 0  # a last tile that was not written
+        return dq, dk, dv
+
+    monkeypatch.setattr(launch, "run_backward", wrong)
+    assert "dk is off" in str(selftest.disagreement(cpu, torch.float32, 32))
+    monkeypatch.setattr(launch, "run_forward", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="division by zero"):
+        assert "it failed" in str(selftest._disagreement("cpu", torch.float32, 32))
