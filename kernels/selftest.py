@@ -59,7 +59,7 @@ def disagreement(device: torch.device, dtype: torch.dtype, width: int) -> str | 
             assert isinstance(out, Tensor)
             answers.append([out, *torch.autograd.grad(out, tensors, dout.to(precision))])
         for name, ours, exact in zip(("out", "dq", "dk", "dv"), *answers, strict=True):
-            off = float((ours.float() - exact).norm() / exact.norm())
+            off = float((ours.detach().float() - exact.detach()).norm() / exact.detach().norm())
             if not off <= ALLOWED[dtype]:
                 form = f"{'documents' if masked else 'causal'}, {'deterministic' if deterministic else 'fast'}"
                 return f"{name} is off by {off:.1e} of its norm, {ALLOWED[dtype]:.0e} is allowed ({form})"
