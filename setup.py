@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite_kernels"],
     package_dir={"megalite_kernels": "kernels"},
-    package_data={"megalite": ["recipes/*.yaml"]},
+    package_data={"megalite": ["recipes/*.yaml"], "megalite_kernels": ["tables.json"]},
     install_requires=[
         "torch>=2.13",
         "deepspeed==0.19.8",
@@ -33,7 +33,18 @@ setup(
         "sentencex>=1.0",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "jaxtyping", "ruff", "pyright", "import-linter", "build"],
+        # PyTorch for GPUs brings the Triton it was built with; on a CPU the tests want that same one (torch 2.13: 3.7.1)
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "jaxtyping",
+            "ruff",
+            "pyright",
+            "import-linter",
+            "build",
+            "triton==3.7.1; sys_platform == 'linux'",
+        ],
     },
     entry_points={"console_scripts": ["megalite = megalite.cli:main"]},
 )

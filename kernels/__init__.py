@@ -1,1 +1,9 @@
-"""Triton kernels of megalite, imported as `megalite_kernels`. None is part of the package yet: attention is PyTorch's SDPA."""
+"""Fused kernels of megalite, imported as `megalite_kernels`: attention over spans, in Triton, with a plain PyTorch form of everything.
+
+Triton is imported only when a kernel runs, so this imports anywhere.
+"""
+
+from .attention import attention
+from .spans import Spans
+
+__all__ = ["Spans", "attention"]

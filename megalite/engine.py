@@ -23,6 +23,7 @@ from megalite import models, optim
 from megalite.config import Config
 from megalite.mesh import Mesh
 from megalite.models import counts
+from megalite.models.attention import positions_in
 from megalite.models.batch import HIDDEN, TOKENS
 from megalite.parallel import mends, stages, tensor, zero
 from megalite.parallel.context import share as share_sequence
@@ -213,7 +214,7 @@ class Engine:
                 batch["pair_weights"] = torch.full(batch["next_sentence"].shape, share, device=mesh.device)
             places = torch.arange(batch["ids"].shape[1], device=mesh.device).expand_as(batch["ids"])
             batch["places"] = places
-            batch.setdefault("positions", places)
+            batch["positions"] = positions_in(batch["documents"]) if "documents" in batch else places
             if step is not None and self.dropout:
                 samples = torch.arange(len(places), device=mesh.device) + number * len(places)
                 batch["samples"] = models.sample_keys(samples, seed=self.config.run.seed, step=step)

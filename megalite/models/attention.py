@@ -1,4 +1,7 @@
-"""`attend`: the one door to attention. Queries, keys and values in, mixed values out; PyTorch's SDPA does the work.
+"""`attend`: the one door to attention. Queries, keys and values in, mixed values out.
+
+On a GPU that the kernels of `megalite_kernels` know, they do the work; elsewhere PyTorch's SDPA does. Before a kernel is trusted it is held
+to plain PyTorch once a process, on this GPU, in this precision and head width.
 
 Shapes: b batch, s sequence, h query heads, g key-value heads, k head width.
 """
@@ -8,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from megalite_kernels import Spans, attention  # pyright: ignore[reportMissingImports] # the folder kernels/ under another name
+from megalite_kernels.selftest import why_not  # pyright: ignore[reportMissingImports]
+from megalite_kernels.spans import document_spans, padding_spans  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,21 +25,36 @@ def attend(
     *,
     causal: bool,
     lengths: Tensor | None = None,
+    documents: Tensor | None = None,
     drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(k)) v with q (b, s, h, k), k and v (b, s, g, k), g dividing h; returns (b, s, h, k).
 
-    causal: row i sees keys 0..i. lengths (b,): keys from lengths[b] on are padding that no row sees; lengths are at least 1. drop: what
-    happens to the probabilities (b, h, s, s), which are kept in memory for it.
+    causal: row i sees keys 0..i. lengths (b,): keys from lengths[b] on are padding that no row sees; lengths are at least 1.
+    documents (b, s): the number of each token's document, never decreasing; a row sees only its own. drop: what happens to the
+    probabilities (b, h, s, s), which are kept in memory for it.
     """
+    assert lengths is None or (documents is None and not causal), "padding is masked for bidirectional attention only"
+    if q.is_cuda and drop is None and why_not(q) is None:
+        spans = _spans(q, causal=causal, lengths=lengths, documents=documents)
+        mixed = attention(q, k, v, causal=causal and spans is None, spans=spans)
+        assert isinstance(mixed, Tensor)
+        return mixed
     mask = None
     if lengths is not None:
-        assert not causal, "padding is masked for bidirectional attention only"
         mask = (torch.arange(k.shape[1], device=k.device) < lengths[:, None])[:, None, None, :]  # (b, 1, 1, s)
+    if documents is not None:
+        mask = (documents[:, :, None] == documents[:, None, :])[:, None]  # (b, 1, s, s)
+        mask = mask.tril() if causal else mask
     if drop is not None:
         return _attend_with_dropout(q, k, v, drop, mask=mask, causal=causal)
     mixed = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        enable_gqa=q.shape[2] != k.shape[2],
     )
     return mixed.transpose(1, 2)
 
@@ -50,11 +71,33 @@ def _attend_with_dropout(q: Tensor, k: Tensor, v: Tensor, drop: Callable[[Tensor
     return torch.einsum("bhij,bjhk->bihk", drop(scores.softmax(dim=-1)).to(v.dtype), v)
 
 
-def rotate(x: Tensor, base: float) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of x (b, s, h, k), halves rotated as in Llama; fp32 inside."""
+def _spans(q: Tensor, *, causal: bool, lengths: Tensor | None, documents: Tensor | None) -> Spans | None:
+    """The mask of a batch; None where every sequence has the same."""
+    if lengths is None and documents is None:
+        return None
+    if documents is not None:
+        return document_spans(documents, causal=causal)
+    assert lengths is not None
+    return padding_spans(lengths, rows=q.shape[1], keys=q.shape[1])
+
+
+def positions_in(documents: Tensor) -> Tensor:
+    """Where each token stands in its own document: (b, s) numbers of documents -> (b, s)."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return places - (places * begins).cummax(dim=1).values
+
+
+def rotate(x: Tensor, base: float, positions: Tensor | None = None) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of x (b, s, h, k), halves rotated as in Llama; fp32 inside.
+
+    positions (b, s) where tokens do not stand at 0, 1, 2, ... of one document.
+    """
     half = x.shape[-1] // 2
     frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None] * frequencies  # (s, k / 2)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (s, 1, k / 2)
+    places = torch.arange(x.shape[1], device=x.device) if positions is None else positions
+    angles = places.float()[..., None] * frequencies  # (s, k / 2) or (b, s, k / 2)
+    cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)  # one for all heads
     first, second = x.float().split(half, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalite.config import Model
-from megalite.models.attention import attend, rotate
+from megalite.models.attention import attend, positions_in, rotate
 from megalite.models.batch import Batch
 from megalite.models.dropout import Dropout, drop, streams
 
 
 def positions_of(x: Tensor, batch: Batch) -> Tensor:
-    """Where the tokens of x (b, s, ...) stand: batch["positions"] (b, s), or 0 .. s - 1."""
-    return batch["positions"] if "positions" in batch else torch.arange(x.shape[1], device=x.device)
+    """Where the tokens of x (b, s, ...) stand: batch["positions"] (b, s), or in their documents, or 0 .. s - 1."""
+    if "positions" in batch:
+        return batch["positions"]
+    return positions_in(batch["documents"]) if "documents" in batch else torch.arange(x.shape[1], device=x.device)
 
 
 def norm(model: Model) -> nn.Module:
@@ -50,10 +52,12 @@ class Mix(nn.Module):
         self.part, self.site = 0, 0
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        documents = batch.get("documents")
         if self.rope_base is not None:
-            q, k = rotate(q, self.rope_base), rotate(k, self.rope_base)
+            positions = None if documents is None else positions_in(documents)
+            q, k = rotate(q, self.rope_base, positions), rotate(k, self.rope_base, positions)
         drop = partial(self._drop, samples=batch["samples"]) if self.dropout and "samples" in batch else None
-        return attend(q, k, v, causal=self.causal, lengths=None if self.causal else batch["length"], drop=drop)
+        return attend(q, k, v, causal=self.causal, lengths=None if self.causal else batch["length"], documents=documents, drop=drop)
 
     def _drop(self, probabilities: Tensor, *, samples: Tensor) -> Tensor:
         """Of (b, h, s, s), every row a stream of its own."""

@@ -20,9 +20,12 @@ DOORS = {
     "datasets": {"megalite/data/inputs.py"},
     "torch.utils.tensorboard": {"megalite/observe/metrics.py"},
     "tyro": {"megalite/cli.py"},
+    "triton": {f"kernels/{name}.py" for name in ("attention", "backward", "compiled", "forward", "launch", "tiles")},
 }
 # launch.py: who started us, and what a rank's libraries read; data/encode.py: workers of `prepare` keep the tokenizer to one thread each
 ENVIRONMENT = {"megalite/launch.py", "megalite/data/encode.py"}
+
+PUBLIC = {("attention.py", "attention"), ("operators.py", "attend")}  # as many arguments as attention has options
 
 MADE = {"config.yaml", "facts.json", "tokenizer.json"}  # files that runs and preparations write
 THEIRS = {"tools/preprocess_data.py", "preprocess_data.py", "preprocess_data_fast.py", "sitecustomize.py"}  # Megatron-LM's, Python's
@@ -58,7 +61,14 @@ def test_a_file_is_small_says_what_it_is_and_keeps_to_its_doors(path: Path) -> N
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             arguments = [argument for argument in (*node.args.args, *node.args.kwonlyargs) if argument.arg not in ("self", "cls")]
             assert length <= 80, f"{node.name} has {length} lines"
-            assert len(arguments) <= 8, f"{node.name} has {len(arguments)} arguments"
+            assert len(arguments) <= 8 or _is_flat(path, node), f"{node.name} has {len(arguments)} arguments"
+
+
+def _is_flat(path: Path, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Triton kernels and PyTorch operators know no structs, and `attention` is the one function a user calls."""
+    marks = {ast.unparse(mark).split("(")[0] for mark in node.decorator_list}
+    flat = {"triton.jit", "torch.library.custom_op", "register_flop_formula"}
+    return path.parts[-2] == "kernels" and (bool(marks & flat) or (path.name, node.name) in PUBLIC)
 
 
 def test_no_exception_is_kept_that_is_not_needed() -> None:

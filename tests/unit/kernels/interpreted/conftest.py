@@ -1,0 +1,37 @@
+"""These tests run Triton's kernels in its interpreter, which must be chosen before Triton is imported: test_interpreter.py starts them in a
+process of their own. By hand: TRITON_INTERPRET=1 python -m pytest tests/unit/kernels/interpreted
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def few_threads() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # the tensors are small; threads only wait for each other
+
+
+@pytest.fixture
+def descriptor_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter (3.7.1) knows no sum into a descriptor's tile; it runs one program after another, so reading and writing will do."""
+    from triton.runtime import interpreter
+
+    def add(self: Any, kind: Any, desc: Any, value: Any, indices: Any) -> None:
+        places, mask = desc.materialize_pointers(indices)
+        there = self.create_masked_load(places, mask, None, None, None, False)
+        self.create_masked_store(places, interpreter.TensorHandle(there.data + value.data, value.dtype.scalar), mask, None, None)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_descriptor_reduce", add, raising=False)
