@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(900)  # a suite is one test here
+
 FOLDER = Path(__file__).parent / "interpreted"
 SUITES = {"test_masks.py": 180, "test_features.py": 70, "test_operators.py": 10}  # and at least so many cases
 
