@@ -1,4 +1,4 @@
-"""The verbs: `megalite prepare`, `megalite train`, `megalite verify`.
+"""The verbs: `megalite prepare`, `megalite train`, `megalite verify`, `megalite checkpoint`.
 
 In: the command line.  Out: an exit code: 0, 2 for bad input (one line says value, limit and cure), 1 when a rank failed.
 A verb's flags are the fields of its settings, `--mesh.tp 4`; help comes from the fields' own docstrings.
@@ -35,6 +35,9 @@ Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor pa
   megalite verify RECIPE|FILE.yaml [--mesh.tp 2] [--deepspeed ds_configs/zero3.json] ...
       Run a shrunk model in this layout on CPU ranks, beside one process: are the numbers the same?
 
+  megalite checkpoint ls|verify|show RUN_FOLDER|CHECKPOINT ...
+      What checkpoints there are; is every byte what was written; what does one hold.
+
 `megalite VERB --help` explains every flag."""
 
 SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a switch; none: where a setting may be left out
@@ -43,7 +46,7 @@ SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verbs = {"prepare": prepare, "train": train, "verify": verify}
+    verbs = {"prepare": prepare, "train": train, "verify": verify, "checkpoint": checkpoint}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             _say(HELP)
@@ -93,6 +96,16 @@ def verify(arguments: list[str]) -> None:
     from megalite.tune import verify as verifying
 
     sys.exit(verifying.verify(config))
+
+
+def checkpoint(arguments: list[str]) -> None:
+    """megalite checkpoint ls|verify|show FOLDER ..."""
+    from megalite.checkpoint import inspection
+
+    if _asks_help(arguments):
+        _explain_flags(inspection.Inspection, "megalite checkpoint ls|verify|show FOLDER...")
+    found = read_flags(arguments, inspection.Inspection, positional="what")
+    sys.exit(inspection.run(inspection.Inspection.model_validate(found), say=_say))
 
 
 def _read_run(verb: str, arguments: list[str]) -> Config:

@@ -17,15 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from megalite.errors import UserError
+from megalite.upkeep import Checkpoint, Section
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Run(Section):
@@ -178,15 +175,6 @@ class Validation(Section):
     """Steps between two validations; 0: only at the end."""
     batches: PositiveInt = 8
     """Global batches a validation reads."""
-
-
-class Checkpoint(Section):
-    every: NonNegativeInt = 500
-    """Steps between two checkpoints; 0: only at the end."""
-    keep: PositiveInt = 2
-    """How many of the newest checkpoints stay."""
-    resume: str = "auto"
-    """auto: the newest whole checkpoint of the run folder; none: refuse a folder that holds some; PATH: that checkpoint."""
 
 
 class Config(Section):

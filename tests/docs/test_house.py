@@ -24,7 +24,7 @@ DOORS = {
 # launch.py: who started us, and what a rank's libraries read; data/encode.py: workers of `prepare` keep the tokenizer to one thread each
 ENVIRONMENT = {"megalite/launch.py", "megalite/data/encode.py"}
 
-MADE = {"config.yaml", "facts.json", "tokenizer.json"}  # files that runs and preparations write
+MADE = {"config.yaml", "manifest.json", "tokenizer.json"}  # files that runs and preparations write
 THEIRS = {"tools/preprocess_data.py", "preprocess_data.py", "preprocess_data_fast.py", "sitecustomize.py"}  # Megatron-LM's, Python's
 
 

@@ -85,7 +85,7 @@ def test_killed_and_resumed_equals_never_stopped_bit_for_bit(shard: str, tmp_pat
 
     process = _train(run_file, broken)
     deadline = time.monotonic() + 90
-    while not (broken / "checkpoints/step-4/facts.json").exists():
+    while not (broken / "checkpoints/step-4/manifest.json").exists():
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before its second checkpoint"
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
