@@ -9,7 +9,7 @@ of one reads a part, and nobody needs memory for more than a chunk.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,24 +23,34 @@ CHUNK = 1 << 24  # elements; 64 MiB in fp32
 
 
 class Slice(Tensor):
-    """Elements [start, start + flat.numel()) of the flattened local shard that `cut` describes; shape is the global one."""
+    """Elements [start, start + length) of the flattened local shard that `cut` describes; shape is the global one."""
 
-    flat: Tensor
+    flat: Callable[[], Tensor]
     blocks: dict[torch.Size, tuple[torch.Size, int, int]]  # offsets -> sizes, and the part of `flat` that it is
 
     @classmethod
     def of(cls, flat: Tensor, *, cut: Cut, start: int) -> Slice:
-        made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(cut.shape), dtype=flat.dtype, device=flat.device)
+        """What lies in `flat`; DCP reads it and writes it in place."""
+        return cls._make(lambda: flat, cut=cut, start=start, length=flat.numel(), dtype=flat.dtype, device=flat.device)
+
+    @classmethod
+    def lazily(cls, read: Callable[[], Tensor], *, cut: Cut) -> Slice:
+        """A whole fp32 tensor that is fetched when DCP comes to write it. `read` is called once for every chunk of it."""
+        return cls._make(lambda: read().reshape(-1), cut=cut, start=0, length=math.prod(cut.shape), dtype=torch.float32)
+
+    @classmethod
+    def _make(cls, flat: Callable[[], Tensor], *, cut: Cut, start: int, length: int, **kind: Any) -> Slice:
+        made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(cut.shape), **kind)
         made.flat = flat
         made.blocks = {
             torch.Size(chunk.offsets): (torch.Size(chunk.sizes), chunk.start - start, chunk.stop - start)
-            for block in cut.rectangles(start, start + flat.numel())
+            for block in cut.rectangles(start, start + length)
             for chunk in chunks(block)
         }
         return made
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.flat)
+        properties = TensorProperties(dtype=self.dtype)
         return [
             WriteItem(
                 index=MetadataIndex(fqn, offsets, index),
@@ -56,7 +66,7 @@ class Slice(Tensor):
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
         sizes, start, stop = self.blocks[index.offset]
-        return self.flat[start:stop].view(sizes)
+        return self.flat()[start:stop].view(sizes)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

@@ -102,9 +102,13 @@ def _pack(tensor: Any) -> memoryview:
 
 
 class Reader(FileSystemReader):
-    """DCP's reader with an index that cannot run code and chunks that are what was written."""
+    """DCP's reader with an index that cannot run code and chunks that are what was written. The index is read once."""
+
+    known: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self.known is not None:
+            return self.known
         folder = Path(self.path)
         body = manifest.read(folder)
         check_files(folder, body)
@@ -114,6 +118,7 @@ class Reader(FileSystemReader):
             metadata.storage_meta = StorageMeta()
         assert metadata.storage_meta is not None
         metadata.storage_meta.load_id = self.load_id
+        self.known = metadata
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -107,18 +108,10 @@ class Store:
             remove(partial)
             partial.mkdir(parents=True)
 
-        def finish() -> None:
-            manifest.write(partial, {"step": step, **facts}, files=writer.files, chunks=writer.chunks)
-            sync(partial)
-            remove(final)  # a run that resumed below this step comes by again
-            partial.rename(final)
-            sync(self.folder)
-            link_latest(self.folder, final.name)
-
         try:
             self._together(open_partial, rank=0)
             write_state(state, storage_writer=writer, process_group=self.group)
-            self._together(finish, rank=0)
+            self._together(lambda: _publish(writer, final, {"step": step, **facts}), rank=0)
         except (OSError, CheckpointException) as error:
             reason = _disk_failure(error)
             if reason is None:
@@ -138,14 +131,14 @@ class Store:
         Moments that were never stored (an imported model) become 0. Raises UserError on every rank when the checkpoint is of another
         model, Damaged when it is not what was written.
         """
-        state = self._state(pieces)
+        state, reader = self._state(pieces), Reader(path)
         facts = self._together(lambda: read_facts(path))
-        state = self._together(lambda: _check_model(path, state, weights_only="imported" in facts))
+        state = self._together(lambda: _check_model(reader, state, weights_only="imported" in facts))
         if "imported" in facts:
             for moment in (moment for piece in pieces for moment in piece.moments.values()):
                 moment.zero_()
         try:
-            read_state(state, storage_reader=Reader(path), process_group=self.group)
+            read_state(state, storage_reader=reader, process_group=self.group)
         except CheckpointException as error:  # derives from BaseException
             raise _first_user_error(path, error) from None
         return facts
@@ -181,9 +174,9 @@ class Store:
         return answer  # type: ignore[return-value]
 
 
-def _check_model(path: Path, state: dict[str, Any], *, weights_only: bool) -> dict[str, Any]:
+def _check_model(reader: Reader, state: dict[str, Any], *, weights_only: bool) -> dict[str, Any]:
     """What of `state` the checkpoint holds; raises UserError where something is missing or has another shape."""
-    known = index(path).state_dict_metadata
+    path, known = reader.path, reader.read_metadata().state_dict_metadata
     if weights_only:
         state = {key: value for key, value in state.items() if key.startswith("weights/")}
     for key, value in state.items():
@@ -203,18 +196,50 @@ def index(path: Path) -> Metadata:
     return Reader(path).read_metadata()
 
 
-def load_weights(path: Path, weights: dict[str, Tensor]) -> None:
+def load_weights(source: Path | Reader, weights: dict[str, Tensor]) -> None:
     """Read whole weights in one process, no ranks needed: name -> tensor of the global shape, filled in place."""
+    reader = source if isinstance(source, Reader) else Reader(source)
     state = {f"weights/{name}": tensor for name, tensor in weights.items()}
-    missing = state.keys() - index(path).state_dict_metadata.keys()
+    missing = state.keys() - reader.read_metadata().state_dict_metadata.keys()
     if missing:
-        raise UserError(f"checkpoint {path} holds no {sorted(missing)[0]}; it is of another model")
+        raise UserError(f"checkpoint {reader.path} holds no {sorted(missing)[0]}; it is of another model")
     try:
-        with warnings.catch_warnings():  # that it runs in one process, which is what was asked
-            warnings.simplefilter("ignore", UserWarning)
-            read_state(state, storage_reader=Reader(path), no_dist=True)
+        with _alone():
+            read_state(state, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
-        raise _first_user_error(path, error) from None
+        raise _first_user_error(Path(reader.path), error) from None
+
+
+def write_weights(folder: Path, step: int, weights: dict[str, Slice], facts: dict[str, Any]) -> Path:
+    """Write step-N of a run's checkpoints/ with weights and no moments, in one process: name -> `Slice.lazily`, in their order."""
+    final = folder / f"step-{step}"
+    partial = final.with_name(final.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    writer = Writer(partial)
+    with _alone():
+        write_state({f"weights/{name}": value for name, value in weights.items()}, storage_writer=writer, no_dist=True)
+    _publish(writer, final, {"step": step, **facts})
+    return final
+
+
+def _publish(writer: Writer, final: Path, facts: dict[str, Any]) -> None:
+    """Seal what was written, and only then give it its name and let `latest` point to it."""
+    partial = Path(writer.path)
+    manifest.write(partial, facts, files=writer.files, chunks=writer.chunks)
+    sync(partial)
+    remove(final)  # a run that resumed below this step comes by again
+    partial.rename(final)
+    sync(final.parent)
+    link_latest(final.parent, final.name)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without DCP's warning that it runs in one process, which is what was asked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _first_user_error(path: Path, error: CheckpointException) -> UserError:

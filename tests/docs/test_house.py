@@ -16,7 +16,8 @@ LONGER = {"megalite/config.py": 345, "megalite/data/prepare.py": 340, "megalite/
 DOORS = {
     "deepspeed": {"megalite/parallel/zero.py"},
     "torch.distributed.pipelining": {"megalite/parallel/pipeline.py"},
-    "transformers": {"megalite/data/tokenizer.py"},
+    "transformers": {"megalite/data/tokenizer.py", "megalite/convert/importing.py", "megalite/convert/exporting.py"},
+    "huggingface_hub": {"megalite/convert/files.py"},
     "datasets": {"megalite/data/inputs.py"},
     "torch.utils.tensorboard": {"megalite/observe/metrics.py"},
     "tyro": {"megalite/cli.py"},
