@@ -1,7 +1,7 @@
 """The whole run as one frozen value: model, mesh, data, training, optimizer, logging, checkpoints.
 
 In: a recipe's name or a YAML file, and command-line flags (default < file < flag).  Out: a `Config` that is consistent in
-itself; what needs the number of ranks or the shards is checked by `resolve_mesh` and by the data set. Nothing here
+itself; what needs the number of ranks or the shards is checked by `fit.py` and by the data set. Nothing here
 imports torch, so a wrong flag is answered in a second.
 
 The run config owns batch sizes, precision, clipping, the optimizer and its schedule. The DeepSpeed JSON owns `zero_optimization`,
@@ -11,6 +11,7 @@ offload, communication and whatever else DeepSpeed offers (see `ds_config.py`).
 from __future__ import annotations
 
 import difflib
+import math
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -20,7 +21,7 @@ import yaml
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from megalite.errors import UserError
-from megalite.upkeep import Checkpoint, Section
+from megalite.upkeep import Checkpoint, Section, Watch
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -65,6 +66,10 @@ class Model(Section):
     """The head shares the token embedding's weight."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
+    dropout: Share = 0.0
+    """Share of the elements dropped after the embedding and after attention and MLP of every block, in training."""
+    attention_dropout: Share = 0.0
+    """Share of the attention probabilities dropped, in training; needs memory for all s x s of them."""
 
     @property
     def head_width(self) -> int:
@@ -96,10 +101,22 @@ class Mesh(Section):
     """Data-parallel degree; left out: what remains of the ranks."""
     pp: PositiveInt = 1
     """Pipeline stages."""
+    cp: PositiveInt = 1
+    """Context-parallel degree: ranks that each hold a part of every sequence, and between them all heads in attention (Ulysses)."""
     tp: PositiveInt = 1
     """Tensor-parallel degree."""
     ranks: PositiveInt | None = None
-    """Ranks to fork on a machine without a GPU; left out: dp x pp x tp."""
+    """Ranks to fork on a machine without a GPU; left out: dp x pp x cp x tp."""
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """By axis, in the order of the grid; dp is 1 where it was left out."""
+        return {"dp": self.dp or 1, "pp": self.pp, "cp": self.cp, "tp": self.tp}
+
+    @property
+    def world(self) -> int:
+        """Ranks of the whole mesh."""
+        return math.prod(self.degrees.values())
 
 
 class Data(Section):
@@ -131,15 +148,20 @@ class Train(Section):
     micro_batch: PositiveInt = 1
     """Sequences a rank takes at once; global_batch / (dp x micro_batch) microbatches make a step."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Type of weights and activations; master weights and moments are always fp32."""
+    """Type of weights and activations; master weights and moments are always fp32. fp16 scales the loss, dynamically."""
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
     """Order of the microbatches in the pipeline; interleaved: 1f1b with several chunks of layers a rank, which shortens the bubble."""
     chunks: PositiveInt | None = None
     """Chunks of layers a rank holds under the interleaved schedule; left out: 2."""
     reduce: Literal["microbatch", "step"] | None = None
     """ZeRO-2 and 3 reduce gradients after every microbatch (they stay sharded; the default) or once a step (less traffic, more memory)."""
-    recompute: Literal["none", "full"] = "none"
-    """full: blocks keep only their input and compute the rest again in the backward pass, for less memory and a third more work."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """full: blocks keep only their input and compute the rest again in the backward pass, for a third more work; selective: they keep what
+    is dear, matrix products, attention and what came over a link, and compute norms, activations and rotations again."""
+    recompute_layers: PositiveInt | None = None
+    """Blocks of every chunk of layers that compute again, the first ones; left out: all."""
+    sequence_parallel: bool = False
+    """Tensor-parallel ranks split the sequence between the cut matrix products too: norms, dropout and what they keep."""
     clip: NonNegativeFloat = 1.0
     """Largest gradient norm over the whole mesh; 0 switches clipping off."""
 
@@ -193,11 +215,22 @@ class Config(Section):
     log: Log = Log()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
+    watch: Watch = Watch()
 
     @property
     def num_chunks(self) -> int:
         """Chunks of layers a rank holds."""
         return (self.train.chunks or 2) if self.train.schedule == "interleaved" else 1
+
+    @property
+    def sequence(self) -> int:
+        """Length of a training sample."""
+        return self.data.sequence or self.model.sequence
+
+    @property
+    def sequence_parts(self) -> dict[str, int]:
+        """Into how many parts the axes cut the hidden state's sequences, by the name of the setting."""
+        return {"mesh.cp": self.mesh.cp, **({"mesh.tp": self.mesh.tp} if self.train.sequence_parallel else {})}
 
 
 def run_folder(config: Config) -> Path:
@@ -278,52 +311,3 @@ def suggest(wrong: str, known: list[str]) -> str:
     """The nearest known name, as the end of an error message; nothing where none is near."""
     near = difflib.get_close_matches(wrong, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def resolve_mesh(config: Config, world: int) -> Config:
-    """Fill in mesh.dp for `world` ranks and check everything that depends on the mesh.
-
-    Raises UserError naming both numbers and the cure.
-    """
-    mesh, model, train = config.mesh, config.model, config.train
-    rest = mesh.pp * mesh.tp
-    dp = mesh.dp or max(1, world // rest)
-    if dp * rest != world:
-        product = f"mesh dp*pp*tp = {dp}*{mesh.pp}*{mesh.tp} = {dp * rest}"
-        raise UserError(f"{product}, but {world} ranks were started; start {dp * rest} or change mesh.dp, mesh.pp or mesh.tp")
-    for what, value in (("model.heads", model.heads), ("model.kv_heads", model.num_kv_heads)):
-        if value % mesh.tp:
-            raise UserError(f"{what} = {value} is not divisible by mesh.tp = {mesh.tp}; lower mesh.tp to a divisor of {value}")
-    _check_stages(config)
-    if train.global_batch % (dp * train.micro_batch):
-        raise UserError(
-            f"train.global_batch = {train.global_batch} is not divisible by mesh.dp x train.micro_batch = {dp} x {train.micro_batch}; "
-            f"choose a multiple of {dp * train.micro_batch}"
-        )
-    microbatches = train.global_batch // (dp * train.micro_batch)
-    made = f"{microbatches} microbatches (global_batch {train.global_batch} / dp {dp} / micro_batch {train.micro_batch})"
-    if train.schedule == "1f1b" and microbatches < mesh.pp:
-        raise UserError(f"{made} cannot fill mesh.pp = {mesh.pp} stages under 1f1b; raise train.global_batch or lower train.micro_batch")
-    if train.schedule == "interleaved" and microbatches % max(1, microbatches // mesh.pp):
-        raise UserError(f"{made} are no equal rounds of about mesh.pp = {mesh.pp}, which interleaved needs; change train.global_batch")
-    if train.precision == "fp16":
-        raise UserError("train.precision = fp16 needs a loss scale that the whole mesh agrees on, which is not there yet; use bf16 or fp32")
-    if config.data.sequence and config.data.sequence > model.sequence:
-        raise UserError(f"data.sequence = {config.data.sequence} is longer than model.sequence = {model.sequence}; lower data.sequence")
-    if model.vocab is not None and model.vocab < mesh.tp:
-        raise UserError(f"model.vocab = {model.vocab} is smaller than mesh.tp = {mesh.tp}; lower mesh.tp")
-    return config.model_copy(update={"mesh": mesh.model_copy(update={"dp": dp})})
-
-
-def _check_stages(config: Config) -> None:
-    mesh, model, train = config.mesh, config.model, config.train
-    if train.chunks and train.schedule != "interleaved":
-        raise UserError(
-            f"train.chunks = {train.chunks} is for train.schedule = interleaved, this one is {train.schedule}; leave one of them out"
-        )
-    if train.schedule == "interleaved" and mesh.pp == 1:
-        raise UserError("train.schedule = interleaved needs several stages, but mesh.pp = 1; raise mesh.pp or use 1f1b")
-    needed, there = mesh.pp * config.num_chunks, model.layers + 2
-    if needed > there:
-        chunks = f" x {config.num_chunks} chunks" if config.num_chunks > 1 else ""
-        raise UserError(f"mesh.pp = {mesh.pp} stages{chunks}, but {model.layers} blocks, embedding and head make {there}; lower mesh.pp")

@@ -110,8 +110,8 @@ def _check_zero(config: Config, document: dict[str, Any], path: Path) -> None:
     train = config.train
     if stage < 2 and train.reduce == "microbatch":
         raise UserError(f"train.reduce = microbatch, but ZeRO-{stage} reduces once a step; leave train.reduce out or use ZeRO-2 or 3")
-    if stage >= 2 and train.reduce == "step" and train.precision == "bf16":
+    if stage >= 2 and train.reduce == "step" and train.precision != "fp32":
         raise UserError(
-            "train.reduce = step would sum the microbatches' gradients in bf16, where small ones are lost; "
+            f"train.reduce = step would sum the microbatches' gradients in {train.precision}, where small ones are lost; "
             "use train.reduce = microbatch, which sums them in fp32"
         )

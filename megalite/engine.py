@@ -8,6 +8,8 @@ ever holds more than one layer beside its own shard.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,25 +18,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megalite import models, optim
 from megalite.config import Config
 from megalite.mesh import Mesh
 from megalite.models import counts
+from megalite.models.batch import HIDDEN, TOKENS
 from megalite.parallel import stages, tensor, zero
+from megalite.parallel.context import share as share_sequence
+from megalite.parallel.gradients import LossScale
 from megalite.parallel.pipeline import Batch, Pipeline
+from megalite.parallel.recompute import KINDS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one optimizer step says: the parts of the mean loss over the global batch, the norm of the whole mesh before clipping."""
+    """What one optimizer step says: the parts of the mean loss over the global batch, the norm of the whole mesh before clipping.
+
+    skipped: gradients overflowed in fp16, so no weight was changed; the loss scale is lower now.
+    """
 
     parts: dict[str, float]
     grad_norm: float
     lr: float
+    skipped: bool = False
 
     @property
     def loss(self) -> float:
@@ -44,22 +53,24 @@ class Report:
 class Stage(nn.Module):
     """This rank's layers, under the names they have in the whole model; several chunks of them when the schedule is interleaved."""
 
-    def __init__(self, chunks: list[dict[str, nn.Module]], *, recompute: bool = False) -> None:
-        """`recompute`: blocks keep only their input and run again in the backward pass (Chen et al. 2016, arXiv:1604.06174)."""
+    def __init__(self, chunks: list[dict[str, nn.Module]], *, recompute: str = "none", recompute_layers: int | None = None) -> None:
+        """What blocks keep for the backward pass: everything, what was dear (selective) or their input (full); see `parallel/recompute.py`.
+
+        recompute_layers: only the first so many blocks of a chunk compute again.
+        """
         super().__init__()
-        self.recompute = recompute
         for name, part in (item for chunk in chunks for item in chunk.items()):
             models.attach(self, name, part)
         self.orders = [list(chunk) for chunk in chunks]
+        blocks = [[name for name in order if name.startswith("layers.")][:recompute_layers] for order in self.orders]
+        self.recomputed = {name for order in blocks for name in order} if recompute != "none" else set()
+        self.again = KINDS[recompute]
 
     def forward(self, x: Tensor, batch: Batch, chunk: int = 0) -> Tensor:
         """Ids (b, s) or a hidden state (b, s, d) in, a hidden state or the parts of the loss out."""
         for name in self.orders[chunk]:
             layer = self.get_submodule(name)
-            if self.recompute and name.startswith("layers.") and torch.is_grad_enabled():
-                x = checkpoint(layer, x, batch, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, batch)
+            x = self.again(layer, x, batch) if name in self.recomputed and torch.is_grad_enabled() else layer(x, batch)
         return x
 
 
@@ -70,6 +81,7 @@ class Engine:
         """`document` is the DeepSpeed JSON; `{}` means no ZeRO. config.model.vocab must be known."""
         self.config, self.mesh = config, mesh
         self.dtype = DTYPES[config.train.precision]
+        self.dropout = config.model.dropout > 0 or config.model.attention_dropout > 0
         self.num_microbatches = config.train.global_batch // (mesh.dp * config.train.micro_batch)
         zero.start()
         stage = document.get("zero_optimization", {}).get("stage", 0)
@@ -79,30 +91,38 @@ class Engine:
         module = self._build(shard=stage == 3, configuration=configuration)
         tied = {name for pair in models.tied(config.model).items() for name in pair}
         self.zero = zero.Zero(
-            module, mesh=mesh, configuration=configuration, zero_stage=stage, optimizer=self._optimizer(module, tied), tied=tied
+            module,
+            mesh=mesh,
+            configuration=configuration,
+            zero_stage=stage,
+            optimizer=self._optimizer(module, tied),
+            tied=tied,
+            sequence_parallel=config.train.sequence_parallel,
         )
-        sequence = config.data.sequence or config.model.sequence
+        rows = (config.train.micro_batch, config.sequence // math.prod(config.sequence_parts.values()))
         self.pipeline = Pipeline(
             self.zero,
             mesh=mesh,
             schedule=config.train.schedule,
             num_chunks=config.num_chunks,
             num_microbatches=self.num_microbatches,
-            hidden=torch.empty(config.train.micro_batch, sequence, config.model.width, dtype=self.dtype, device="meta"),
+            ids=torch.empty(config.train.micro_batch, config.sequence // mesh.cp, dtype=torch.int64, device="meta"),
+            hidden=torch.empty(*rows, config.model.width, dtype=self.dtype, device="meta"),
             loss=torch.empty(len(models.parts(config.model)), device="meta"),
         )
 
     def _build(self, *, shard: bool, configuration: dict[str, Any]) -> Stage:
         model, mesh = self.config.model, self.mesh
         layers, plan, tied = models.layers(model), models.plan(model), models.tied(model)
-        costs = counts.layer_costs(model, self.config.data.sequence or model.sequence)
+        costs = counts.layer_costs(model, self.config.sequence)
         mine = stages.assign(costs, mesh.pp * self.config.num_chunks)[mesh.pp_rank :: mesh.pp]
         chunks: list[dict[str, nn.Module]] = [{} for _ in mine]
         known: dict[str, nn.Parameter] = {}
         for number, (name, make) in ((n, layer) for n, place in enumerate(mine) for layer in layers[place.start : place.stop]):
             with torch.device("meta"):
                 layer = make()
-            tensor.cut(layer, name, plan=plan, mesh=mesh)
+            models.name_sites(layer, name)
+            tensor.cut(layer, name, plan=plan, mesh=mesh, sequence_parallel=self.config.train.sequence_parallel)
             self._draw(layer, known, tied)
             if shard:
                 zero.shard(layer, configuration=configuration, mesh=mesh, dtype=self.dtype)
@@ -110,7 +130,7 @@ class Engine:
                 known[parameter.cut.name] = parameter  # type: ignore[attr-defined]
             chunks[number][name] = layer
             _trim_heap()
-        return Stage(chunks, recompute=self.config.train.recompute == "full")
+        return Stage(chunks, recompute=self.config.train.recompute, recompute_layers=self.config.train.recompute_layers)
 
     @torch.no_grad()
     def _draw(self, layer: nn.Module, known: dict[str, nn.Parameter], tied: dict[str, str]) -> None:
@@ -152,36 +172,56 @@ class Engine:
         """Take optimizer step number `step` (from 0) on this rank's microbatches of the global batch."""
         settings = self.config
         lr = optim.learning_rate(step, settings.optimizer, settings.train.steps)
-        losses = self.pipeline.train(list(self._weigh(microbatches)))
+        losses = self.pipeline.train(list(self._deal(microbatches, step=step)))
         norm = self.zero.update(lr=lr, clip=settings.train.clip)
-        return Report(parts=self._mean(losses), grad_norm=norm, lr=lr)
+        return Report(parts=self._mean(losses), grad_norm=norm, lr=lr, skipped=self.zero.overflow)
+
+    def state(self) -> dict[str, Any]:
+        """The few numbers beside the pieces that a run goes on from; what data, dropout and the schedule do is a function of the step."""
+        return dataclasses.asdict(self.zero.scale) if self.zero.scale else {}
+
+    def restore(self, step: int, state: dict[str, Any]) -> None:
+        """After the pieces of step `step` were loaded: go on from there."""
+        if self.zero.scale and state:
+            self.zero.scale = LossScale(**state)
+        self.zero.restore(step - (self.zero.scale.skipped if self.zero.scale else 0))
 
     def validate(self, microbatches: list[Batch]) -> dict[str, float]:
         """The parts of the mean loss over one global batch, forward alone."""
-        return self._mean(self.pipeline.validate(list(self._weigh(microbatches))))
+        return self._mean(self.pipeline.validate(list(self._deal(microbatches))))
 
-    def _weigh(self, microbatches: list[Batch]) -> Iterator[Batch]:
-        """Add what every target counts in the mean over the global batch, on every stage alike.
+    def _deal(self, microbatches: list[Batch], *, step: int | None = None) -> Iterator[Batch]:
+        """This rank's part of every sequence, with what every target counts in the mean over the global batch, on every stage alike.
 
         The number of targets of a BERT batch differs from rank to rank; the mean is over all of them. DeepSpeed averages gradients
-        over dp, so a rank's weights add up to dp times its share.
+        over the ranks that hold the same weights, so the weights of a rank's targets add up to their number times its share. A step's
+        number switches dropout on.
         """
-        batches = [{name: value.to(self.mesh.device, non_blocking=True) for name, value in batch.items()} for batch in microbatches]
+        mesh, sequence_parallel = self.mesh, self.config.train.sequence_parallel
+        batches = [{name: value.to(mesh.device, non_blocking=True) for name, value in batch.items()} for batch in microbatches]
         targets = torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum()
-        dist.all_reduce(targets, group=self.mesh.group("dp"))
-        for batch in batches:
-            batch["weights"] = (batch["labels"] != -100) * (self.mesh.dp / targets)
+        dist.all_reduce(targets, group=mesh.group("dp"))
+        first = mesh.dp_rank * len(batches)
+        begins = mesh.cp_rank == 0 and not (sequence_parallel and mesh.tp_rank)  # whether this rank has the tokens that pairs are judged by
+        for number, batch in enumerate(batches, start=first):
+            batch["weights"] = (batch["labels"] != -100) * (mesh.num_copies / targets)
             if "next_sentence" in batch:
-                share = self.mesh.dp / self.config.train.global_batch
-                batch["pair_weights"] = torch.full(batch["next_sentence"].shape, share, device=self.mesh.device)
-            yield batch
+                share = begins * mesh.num_copies / self.config.train.global_batch
+                batch["pair_weights"] = torch.full(batch["next_sentence"].shape, share, device=mesh.device)
+            places = torch.arange(batch["ids"].shape[1], device=mesh.device).expand_as(batch["ids"])
+            batch["places"] = places
+            batch.setdefault("positions", places)
+            if step is not None and self.dropout:
+                samples = torch.arange(len(places), device=mesh.device) + number * len(places)
+                batch["samples"] = models.sample_keys(samples, seed=self.config.run.seed, step=step)
+            yield share_sequence(batch, mesh, tokens=TOKENS, hidden=HIDDEN, sequence_parallel=sequence_parallel)
 
     def _mean(self, losses: list[Tensor]) -> dict[str, float]:
-        """The parts of the mean loss over the global batch, on every rank: the last stage's sums, averaged over dp."""
+        """The parts of the mean loss over the global batch, on every rank: the last stage's sums, averaged over dp and cp."""
         names = models.parts(self.config.model)
         total = torch.zeros(len(names), device=self.mesh.device)
         if self.mesh.last_stage and self.mesh.tp_rank == 0:
-            total = torch.stack(losses).sum(0) / self.mesh.dp
+            total = torch.stack(losses).sum(0) / self.mesh.num_copies
         dist.all_reduce(total)
         return dict(zip(names, total.tolist(), strict=True))
 

@@ -1,8 +1,8 @@
-"""The ranks as a dp x pp x tp grid: one value, built once, passed as an argument.
+"""The ranks as a dp x pp x cp x tp grid: one value, built once, passed as an argument.
 
 In: the degrees and, when ranks run, an initialised torch.distributed.  Out: this rank's coordinates and one process group
-an axis, by name. Rank order is `arange(world).view(dp, pp, tp)`: tensor-parallel neighbours are neighbours in rank, so they share a
-node; replicas of data parallelism lie farthest apart. (A context-parallel axis would stand between pp and tp.)
+an axis, by name. Rank order is `arange(world).view(dp, pp, cp, tp)`: tensor-parallel neighbours are neighbours in rank, so they share a
+node; context-parallel ones come next, replicas of data parallelism lie farthest apart.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-AXES = ("dp", "pp", "tp")
+AXES = ("dp", "pp", "cp", "tp")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Mesh:
 
     dp: int = 1
     pp: int = 1
+    cp: int = 1
     tp: int = 1
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -29,23 +30,32 @@ class Mesh:
 
     @property
     def world(self) -> int:
-        return self.dp * self.pp * self.tp
+        return self.dp * self.pp * self.cp * self.tp
 
     @property
     def dp_rank(self) -> int:
-        return self.rank // (self.pp * self.tp)
+        return self.rank // (self.pp * self.cp * self.tp)
 
     @property
     def pp_rank(self) -> int:
-        return self.rank // self.tp % self.pp
+        return self.rank // (self.cp * self.tp) % self.pp
+
+    @property
+    def cp_rank(self) -> int:
+        return self.rank // self.tp % self.cp
 
     @property
     def tp_rank(self) -> int:
         return self.rank % self.tp
 
     def grid(self) -> torch.Tensor:
-        """Ranks as (dp, pp, tp)."""
-        return torch.arange(self.world).view(self.dp, self.pp, self.tp)
+        """Ranks as (dp, pp, cp, tp)."""
+        return torch.arange(self.world).view(self.dp, self.pp, self.cp, self.tp)
+
+    @property
+    def num_copies(self) -> int:
+        """Ranks that hold the same weights before ZeRO shards them."""
+        return self.dp * self.cp
 
     @property
     def first_stage(self) -> bool:
@@ -63,18 +73,18 @@ class Mesh:
         return self.grid().permute(*fixed, *kept).reshape(-1, int(size)).tolist()
 
     @classmethod
-    def start(cls, *, dp: int, pp: int, tp: int, device: torch.device) -> Mesh:
+    def start(cls, *, dp: int, pp: int, tp: int, device: torch.device, cp: int = 1) -> Mesh:
         """The mesh of a running torch.distributed world. Every rank must call it, with the same degrees.
 
-        Groups: dp, pp, tp, one each; `model` (pp and tp together); `ends` (first and last stage, for tied weights);
-        `alone` (this rank: a group of one, for what must not be sharded).
+        Groups: dp, pp, cp, tp, one each; `copies` (dp and cp together: ranks that hold the same weights, over which ZeRO shards them);
+        `ends` (first and last stage, for tied weights); `alone` (this rank: a group of one, for what must not be sharded).
         """
         world = dist.get_world_size()
-        assert world == dp * pp * tp, f"{world} ranks cannot be {dp} x {pp} x {tp}"
-        mesh = cls(dp=dp, pp=pp, tp=tp, rank=dist.get_rank(), device=device)
+        assert world == dp * pp * cp * tp, f"{world} ranks cannot be {dp} x {pp} x {cp} x {tp}"
+        mesh = cls(dp=dp, pp=pp, cp=cp, tp=tp, rank=dist.get_rank(), device=device)
         for name, lines in (
             *((axis, mesh.lines(axis)) for axis in AXES),
-            ("model", mesh.lines("pp", "tp")),
+            ("copies", mesh.lines("dp", "cp")),
             ("ends", _ends(mesh)),
             ("alone", mesh.lines()),
         ):

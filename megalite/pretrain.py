@@ -21,14 +21,17 @@ from megalite.checkpoint import lock
 from megalite.checkpoint.manifest import Damaged
 from megalite.checkpoint.resume import find as find_checkpoints
 from megalite.checkpoint.store import read_facts, whole
-from megalite.config import Config, resolve_mesh, run_folder
+from megalite.config import Config, run_folder
 from megalite.data.loader import open_train, open_valid, resolve
 from megalite.data.prepare import Preparation, prepare
 from megalite.data.shards import unigram_entropy
 from megalite.ds_config import read_document
 from megalite.errors import UserError
 from megalite.evaluate import generate
+from megalite.fit import resolve_mesh
 from megalite.log import open_console, open_voice, quiet_foreign
+
+UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: "try again later", for whoever requeues jobs
 
 
 def pretrain(config: Config, *, command: str) -> None:
@@ -46,17 +49,21 @@ def pretrain(config: Config, *, command: str) -> None:
             if launch.is_rank_zero():
                 _print(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
         else:
-            launch.start(config, _train, warm=("megalite.train", "torch.utils.tensorboard"))
+            stopped = launch.start(config, _train, warm=("megalite.train", "torch.utils.tensorboard"))
+            if stopped:
+                if launch.is_rank_zero():
+                    _print(f"{stopped}: saved, and ended with exit code {UNFINISHED}; the same command goes on from there")
+                raise SystemExit(UNFINISHED)
     if launch.is_rank_zero():
         report(config, command=command)
 
 
-def _train(config: Config, rank: int) -> None:
+def _train(config: Config, rank: int) -> str | None:
     from megalite.train import train  # DeepSpeed takes seconds to import: bad input is answered before that
 
     quiet_foreign()
     open_voice(rank, own_log=True)
-    train(config, rank)
+    return train(config, rank)
 
 
 def is_finished(config: Config) -> bool:

@@ -7,8 +7,8 @@ resumes from the newest checkpoint; every sample, weight and number is then what
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -17,8 +17,7 @@ import torch.distributed as dist
 
 import megalite
 from megalite import hardware, models
-from megalite.checkpoint.resume import find as find_checkpoints
-from megalite.checkpoint.resume import pass_over
+from megalite.checkpoint.resume import find, newest, pass_over
 from megalite.checkpoint.store import Damaged, Store
 from megalite.config import Config, run_folder
 from megalite.data.loader import Loader, Opened, open_train, open_valid
@@ -28,45 +27,84 @@ from megalite.errors import UserError
 from megalite.evaluate.validate import validate
 from megalite.mesh import Mesh
 from megalite.models import counts
+from megalite.observe.guard import Guard, Rewind
 from megalite.observe.metrics import Metrics, Yardstick
+from megalite.observe.watch import Watch
 
 LOG = logging.getLogger(__name__)
 
 
-def train(config: Config, rank: int) -> None:
-    """Train on this rank until config.train.steps."""
-    folder, mesh = run_folder(config), start_mesh(config, rank)
-    engine = Engine(config, mesh, document=read_document(config))
+@dataclass
+class Run:
+    """Everything that lives as long as the ranks do."""
+
+    config: Config
+    mesh: Mesh
+    engine: Engine
+    opened: Opened
+    store: Store
+    guard: Guard
+    watch: Watch
+
+
+def train(config: Config, rank: int) -> str | None:
+    """Train on this rank until config.train.steps; returns the name of the signal that ended it earlier, or None."""
+    mesh = start_mesh(config, rank)
+    engine, guard = Engine(config, mesh, document=read_document(config)), Guard(config.watch)
+    engine.zero.refuse = guard.refuses if config.watch.bad_step == "skip" else None
     opened = open_train(config.data, model=config.model, seed=config.run.seed)
+    with (
+        Store(run_folder(config) / "checkpoints", config.checkpoint, tied=models.tied(config.model)) as store,
+        Watch(config.watch) as watch,
+    ):
+        run = Run(config, mesh, engine, opened, store, guard, watch)
+        step, stopped = resume(run, find), None
+        while step < config.train.steps and not stopped:
+            try:
+                step, stopped = advance(run, step)
+            except Rewind as bad:
+                step = rewind(run, bad)
+        if failure := store.settle():
+            raise UserError(f"the last checkpoint could not be saved: {failure}; make room and run again: it resumes from the one before")
+    return stopped
+
+
+def advance(run: Run, step: int) -> tuple[int, str | None]:
+    """Step until the last step or a signal, whatever comes first; returns how many steps have been taken, and the signal."""
+    config, engine, stopped = run.config, run.engine, None
     valid: dict[str, Any] = {"valid": {}, "valid_step": None}
-    with Store(folder / "checkpoints", config.checkpoint, tied=models.tied(config.model)) as store:
-        step = resume(config, engine, store)
-        with (
-            deal(config, mesh, opened) as loader,
-            open_validation(config, mesh) as held_out,
-            Metrics(
-                folder,
-                rank=rank,
-                world=mesh.world,
-                total_steps=config.train.steps,
-                yardstick=measure(config, mesh),
-                log=config.log,
-                start_step=step,
-            ) as metrics,
-        ):
-            while step < config.train.steps:
-                report = engine.step(step, loader.step(step))
-                step += 1
-                check_finite(step, report.loss, report.grad_norm)
-                metrics.step(step, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr)
-                if held_out and due(step, config.validation.every, config):
-                    with metrics.pause():
-                        valid = {"valid": validate(engine, held_out, batches=config.validation.batches), "valid_step": step}
-                    metrics.valid(step, sum(valid["valid"].values()))
-                if due(step, config.checkpoint.every, config):
-                    with metrics.pause():
-                        store.save(step, engine.zero.pieces(), {**facts(config, opened), **valid})
-        check_saved(store)
+    with (
+        deal(config, run.mesh, run.opened) as loader,
+        open_validation(config, run.mesh) as held_out,
+        Metrics(
+            run_folder(config),
+            rank=run.mesh.rank,
+            world=run.mesh.world,
+            total_steps=config.train.steps,
+            yardstick=measure(config, run.mesh),
+            log=config.log,
+            start_step=step,
+        ) as metrics,
+    ):
+        while step < config.train.steps and not stopped:
+            run.watch.enter(f"step {step + 1}")
+            report = engine.step(step, loader.step(step + run.guard.shift))
+            step += 1
+            run.guard.judge(step, report.loss, report.grad_norm, skipped=report.skipped)
+            if report.skipped:
+                metrics.skipped(step, engine.state().get("value"))
+            metrics.step(step, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr)
+            stopped = run.watch.signal()
+            if held_out and not stopped and due(step, config.validation.every, config):
+                run.watch.enter(f"validation after step {step}")
+                with metrics.pause():
+                    valid = {"valid": validate(engine, held_out, batches=config.validation.batches), "valid_step": step}
+                metrics.valid(step, sum(valid["valid"].values()))
+            if stopped or due(step, config.checkpoint.every, config):
+                run.watch.enter(f"saving step {step}")
+                with metrics.pause():
+                    run.store.save(step, engine.zero.pieces(), {**facts(run), **valid})
+    return step, stopped
 
 
 def due(step: int, every: int, config: Config) -> bool:
@@ -74,45 +112,44 @@ def due(step: int, every: int, config: Config) -> bool:
     return step == config.train.steps or (every > 0 and step % every == 0)
 
 
-def check_finite(step: int, loss: float, grad_norm: float) -> None:
-    """Stop a run whose numbers are gone: training on would only write them into the next checkpoint."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optimizer.lr or train.clip, or raise optimizer.warmup, "
-            "and run again: it resumes from the last checkpoint"
-        )
-
-
-def check_saved(store: Store) -> None:
-    """Wait for the last checkpoint; a run whose end is not on disk has failed."""
-    if failure := store.settle():
-        raise UserError(f"the last checkpoint could not be saved: {failure}; make room and run again: it resumes from the one before")
-
-
-def resume(config: Config, engine: Engine, store: Store) -> int:
-    """Load what config.checkpoint.resume asks for, an older one where that was damaged; returns how many steps have been taken."""
-    found = [find_checkpoints(config)]
+def resume(run: Run, find: Any) -> int:
+    """Load the first sound one of the checkpoints that `find(config)` names; returns how many steps have been taken."""
+    found = [find(run.config)]
     dist.broadcast_object_list(found)  # one decides for all: a shared disk may show ranks different folders
     for path in found[0]:
         try:
-            step = store.load(path, engine.zero.pieces())["step"]
+            run.watch.enter(f"loading {path.name}")
+            said = run.store.load(path, run.engine.zero.pieces())
         except Damaged as error:
             if path == found[0][-1]:
                 raise
             if dist.get_rank() == 0:
                 LOG.warning("%s", pass_over(error))
         else:
-            engine.zero.restore(step)
-            return step
+            run.guard.restore(said.get("guard", {}))
+            run.engine.restore(said["step"] - run.guard.skipped, said.get("state", {}))
+            return said["step"]
     return 0
 
 
-def facts(config: Config, opened: Opened) -> dict[str, Any]:
+def rewind(run: Run, bad: Rewind) -> int:
+    """Go back to the last checkpoint, to go on from there with the batches after the bad one (PaLM: arXiv:2204.02311, section 5.1)."""
+    run.store.settle()
+    rewound, end = run.guard.rewound, bad.step + run.guard.shift
+    step = resume(run, newest)
+    run.guard.go_back(bad, to=step, rewound=rewound, batches=end - step - run.guard.shift)
+    return step
+
+
+def facts(run: Run) -> dict[str, Any]:
     """What a checkpoint says of the run that wrote it."""
+    tokenizer = run.opened.tokenizer
     return {
-        "config": config.model_dump(mode="json"),
-        "tokenizer": opened.tokenizer.fingerprint if opened.tokenizer else None,
-        "mesh": config.mesh.model_dump(mode="json"),
+        "config": run.config.model_dump(mode="json"),
+        "state": run.engine.state(),
+        "guard": run.guard.state(),
+        "tokenizer": tokenizer.fingerprint if tokenizer else None,
+        "mesh": run.config.mesh.model_dump(mode="json"),
         "versions": {"megalite": megalite.__version__, "torch": torch.__version__, "deepspeed": version("deepspeed")},
     }
 
@@ -121,7 +158,7 @@ def start_mesh(config: Config, rank: int) -> Mesh:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     assert config.mesh.dp is not None and rank == dist.get_rank()
-    return Mesh.start(dp=config.mesh.dp, pp=config.mesh.pp, tp=config.mesh.tp, device=device)
+    return Mesh.start(**config.mesh.degrees, device=device)
 
 
 def open_validation(config: Config, mesh: Mesh) -> AbstractContextManager[Loader | None]:
@@ -137,10 +174,9 @@ def deal(config: Config, mesh: Mesh, opened: Opened) -> Loader:
 
 def measure(config: Config, mesh: Mesh) -> Yardstick:
     """Tokens and FLOPs of a step, and this GPU's peak where it is known."""
-    sequence = config.data.sequence or config.model.sequence
     gpu = hardware.find(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
     return Yardstick(
-        tokens_per_step=config.train.global_batch * sequence,
-        flops_per_step=counts.step_flops(config.model, sequence, config.train.global_batch),
+        tokens_per_step=config.train.global_batch * config.sequence,
+        flops_per_step=counts.step_flops(config.model, config.sequence, config.train.global_batch),
         peak_flops=gpu.peak(config.train.precision) if gpu else None,
     )

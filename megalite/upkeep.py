@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 class Section(BaseModel):
@@ -25,3 +27,17 @@ class Checkpoint(Section):
     """Copy what must be saved, train on, and write meanwhile (a copy of weights and moments in host memory); else wait for the disk."""
     resume: str = "auto"
     """auto: the newest whole checkpoint of the run folder; none: refuse a folder that holds some; PATH: that checkpoint."""
+
+
+class Watch(Section):
+    hang: NonNegativeInt = 120
+    """Seconds without a sign of life after which a rank is taken for hung and the run ends, naming it; 0: nobody watches."""
+    bad_step: Literal["stop", "skip", "rewind"] = "stop"
+    """When a loss or gradient norm is not finite, or is a spike. stop: end the run; skip: leave that update out; rewind: go back to the
+    last checkpoint and leave out the batches since."""
+    spike: NonNegativeFloat = 0.0
+    """A loss or gradient norm of more than this many times the median of the last `window` steps is a spike; 0: none is."""
+    window: PositiveInt = 64
+    """Steps that a spike is measured against; as many must have passed first."""
+    allowed: PositiveInt = 10
+    """Updates in a row that may be left out, or times the run may go back, before it ends."""

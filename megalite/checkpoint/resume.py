@@ -45,6 +45,14 @@ def find(config: Config, *, tokenizer: str | None = None) -> list[Path]:
     return []
 
 
+def newest(config: Config) -> list[Path]:
+    """The run's own checkpoints, the newest first. Raises UserError where there is none."""
+    own = whole(run_folder(config) / "checkpoints")
+    if not own:
+        raise UserError("watch.bad_step = rewind, but there is no checkpoint to go back to yet; lower checkpoint.every")
+    return list(reversed(own))
+
+
 def pass_over(error: Damaged) -> str:
     """That an older checkpoint is taken for a damaged one."""
     return f"{str(error).partition('; ')[0]}; taking an older one"

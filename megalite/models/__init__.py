@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from megalite.config import Model
 from megalite.models import bert, gpt
-from megalite.models.layers import Batch
+from megalite.models.batch import Batch
+from megalite.models.dropout import name_sites, sample_keys
 
-__all__ = ["Batch", "Whole", "attach", "build", "draw", "layers", "parts", "plan", "tied"]
+__all__ = ["Batch", "Whole", "attach", "build", "draw", "layers", "name_sites", "parts", "plan", "sample_keys", "tied"]
 
 
 def layers(model: Model) -> list[tuple[str, Callable[[], nn.Module]]]:
@@ -67,6 +68,7 @@ class Whole(nn.Module):
         for name, part in parts.items():
             attach(self, name, part)
         self.order = list(parts)
+        name_sites(self)
 
     def hidden(self, batch: Batch) -> Tensor:
         """What the last block puts out: (b, s, d)."""

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalite.config import Model
-from megalite.models.layers import Batch, Block, TokenLoss, norm
+from megalite.models.batch import Batch
+from megalite.models.dropout import Dropout
+from megalite.models.layers import Block, TokenLoss, norm, positions_of
 
 PLAN = {
     "embed.token": "vocabulary",
     "layers.*.attention.qkv": "column",
+    "layers.*.attention.mix": "heads",
     "layers.*.attention.out": "row",
     "layers.*.mlp.up": "column",
     "layers.*.mlp.down": "row",
@@ -38,10 +41,12 @@ class Embedding(nn.Module):
         self.position = nn.Embedding(model.sequence, model.width)
         self.segment = nn.Embedding(2, model.width)
         self.norm = norm(model)
+        self.dropout = Dropout(model.dropout)
 
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        return self.norm(self.token(ids) + self.position(positions) + self.segment(batch["segments"]))
+        x = self.token(ids)
+        x = x + self.position(positions_of(x, batch)) + self.segment(batch["segments"])
+        return self.dropout(self.norm(x), batch)
 
 
 class Head(nn.Module):

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from megalite.config import Model
-from megalite.models.layers import Batch, Block, TokenLoss, norm
+from megalite.models.batch import Batch
+from megalite.models.dropout import Dropout
+from megalite.models.layers import Block, TokenLoss, norm, positions_of
 
 PLAN = {  # how tensor parallelism may cut these modules; what is not named here is held whole by every rank
     "embed.token": "vocabulary",
     "layers.*.attention.qkv": "column",
+    "layers.*.attention.mix": "heads",
     "layers.*.attention.out": "row",
     "layers.*.mlp.up": "column",
     "layers.*.mlp.down": "row",
@@ -36,12 +38,13 @@ class Embedding(nn.Module):
         assert model.vocab is not None
         self.token = nn.Embedding(model.vocab, model.width)
         self.position = nn.Embedding(model.sequence, model.width) if model.positions == "learned" else None
+        self.dropout = Dropout(model.dropout)
 
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
         x = self.token(ids)
         if self.position is not None:
-            x = x + self.position(torch.arange(ids.shape[1], device=ids.device))
-        return x
+            x = x + self.position(positions_of(x, batch))
+        return self.dropout(x, batch)
 
 
 class Head(nn.Module):

@@ -6,14 +6,21 @@ weights from outside. Every layer of a model is called `layer(x, batch)`; x is t
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalite.config import Model
 from megalite.models.attention import attend, rotate
+from megalite.models.batch import Batch
+from megalite.models.dropout import Dropout, drop, streams
 
-Batch = dict[str, Tensor]
+
+def positions_of(x: Tensor, batch: Batch) -> Tensor:
+    """Where the tokens of x (b, s, ...) stand: batch["positions"] (b, s), or 0 .. s - 1."""
+    return batch["positions"] if "positions" in batch else torch.arange(x.shape[1], device=x.device)
 
 
 def norm(model: Model) -> nn.Module:
@@ -30,25 +37,48 @@ class Fused(nn.Linear):
         self.sections = sections
 
 
+class Mix(nn.Module):
+    """What attention does between whole sequences, without weights: q (b, s, h, k), k and v (b, s, g, k) -> (b, s, h, k).
+
+    Any heads of the model will do. Where they are cut into equal parts, `part` says which of them these are: dropout tells them apart.
+    """
+
+    def __init__(self, model: Model, *, causal: bool) -> None:
+        super().__init__()
+        self.causal, self.dropout = causal, model.attention_dropout
+        self.rope_base = model.rope_base if model.positions == "rope" else None
+        self.part, self.site = 0, 0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        if self.rope_base is not None:
+            q, k = rotate(q, self.rope_base), rotate(k, self.rope_base)
+        drop = partial(self._drop, samples=batch["samples"]) if self.dropout and "samples" in batch else None
+        return attend(q, k, v, causal=self.causal, lengths=None if self.causal else batch["length"], drop=drop)
+
+    def _drop(self, probabilities: Tensor, *, samples: Tensor) -> Tensor:
+        """Of (b, h, s, s), every row a stream of its own."""
+        num_heads = probabilities.shape[1]
+        heads = torch.arange(self.part * num_heads, (self.part + 1) * num_heads, device=samples.device)[:, None]
+        rows = torch.arange(probabilities.shape[2], device=samples.device)
+        return drop(probabilities, streams(samples[:, None, None], (heads << 32) + rows, site=self.site), self.dropout)
+
+
 class Attention(nn.Module):
     """Self-attention with grouped-query heads: (b, s, d) -> (b, s, d)."""
 
     def __init__(self, model: Model, *, causal: bool) -> None:
         super().__init__()
-        self.causal, self.head_width, self.queries_per_key = causal, model.head_width, model.heads // model.num_kv_heads
-        self.rope_base = model.rope_base if model.positions == "rope" else None
+        self.head_width, self.queries_per_key = model.head_width, model.heads // model.num_kv_heads
         query, key = model.heads * model.head_width, model.num_kv_heads * model.head_width
         self.qkv = Fused(model.width, (query, key, key), bias=model.bias)
+        self.mix = Mix(model, causal=causal)
         self.out = nn.Linear(query, model.width, bias=model.bias)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_width))  # (b, s, h + 2 g, k), as many heads as this weight holds
         keys = heads.shape[2] // (self.queries_per_key + 2)
         q, k, v = heads.split([keys * self.queries_per_key, keys, keys], dim=2)
-        if self.rope_base is not None:
-            q, k = rotate(q, self.rope_base), rotate(k, self.rope_base)
-        mixed = attend(q, k, v, causal=self.causal, lengths=None if self.causal else batch["length"])
-        return self.out(mixed.flatten(2))
+        return self.out(self.mix(q, k, v, batch).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -77,13 +107,14 @@ class Block(nn.Module):
         self.norm_first = norm_first
         self.attention, self.mlp = Attention(model, causal=causal), Mlp(model)
         self.attention_norm, self.mlp_norm = norm(model), norm(model)
+        self.attention_dropout, self.mlp_dropout = Dropout(model.dropout), Dropout(model.dropout)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         if self.norm_first:
-            x = x + self.attention(self.attention_norm(x), batch)
-            return x + self.mlp(self.mlp_norm(x))
-        x = self.attention_norm(x + self.attention(x, batch))
-        return self.mlp_norm(x + self.mlp(x))
+            x = x + self.attention_dropout(self.attention(self.attention_norm(x), batch), batch)
+            return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), batch)
+        x = self.attention_norm(x + self.attention_dropout(self.attention(x, batch), batch))
+        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), batch))
 
 
 class TokenLoss(nn.Module):

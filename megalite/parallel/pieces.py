@@ -28,7 +28,7 @@ class Piece:
 
     `moments` are AdamW's exp_avg and exp_avg_sq, fp32 like the master weight; `gradient` is there only between the reduction and
     the update. Where several ranks hold the same elements, `first` is true on one of them: tp copies on tp rank 0, tied copies on the
-    first stage, dp copies (ZeRO 0) on dp rank 0. The norm counts and a checkpoint stores what is first.
+    first stage, dp and cp copies (ZeRO 0) on the first of these ranks. The norm counts and a checkpoint stores what is first.
     """
 
     cut: Cut
@@ -75,7 +75,11 @@ class Owned(ABC):
         state, mesh = self.inner.optimizer.state[flat], self.mesh
         cut: Cut = parameter.cut  # type: ignore[attr-defined]
         tied = cut.name in self.tied
-        copy = (cut.dim is None and mesh.tp_rank > 0) or (tied and not mesh.first_stage) or (self.replicated and mesh.dp_rank > 0)
+        copy = (
+            (cut.dim is None and mesh.tp_rank > 0)
+            or (tied and not mesh.first_stage)
+            or (self.replicated and mesh.dp_rank + mesh.cp_rank > 0)
+        )
         return Piece(
             cut=cut,
             start=start,
@@ -116,7 +120,7 @@ class Sharded(Owned):
         return self.inner.fp32_partitioned_groups_flat
 
     def walk(self) -> Iterator[Piece]:
-        rank = dist.get_rank(self.mesh.group("dp"))
+        rank = dist.get_rank(self.mesh.group("copies"))
         for index, parameters in enumerate(self.inner.fp16_groups):
             gradients, offset = self.inner.averaged_gradients.get(index), 0
             for number, parameter in enumerate(parameters):

@@ -73,7 +73,7 @@ class _Stage(PipelineStage):
     def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
         output = bwd_kwargs["stage_output"]
         if self.is_last:
-            scalar = output.sum()
+            scalar = output.sum() if self.zero.scale is None else output.sum() * self.zero.scale.value
         else:
             (hidden,) = output if isinstance(output, (tuple, list)) else (output,)
             (received,) = bwd_kwargs["output_grads"]
@@ -96,15 +96,14 @@ class _Chunk(nn.Module):
 class Pipeline:
     """Runs training and validation steps of `num_microbatches` microbatches over pp x `num_chunks` stages.
 
-    `hidden` (b, s, d) and `loss` (parts,) are meta tensors: what travels between stages, what the last one puts out.
+    `ids` (b, s), `hidden` (b, s, d) and `loss` (parts,) are meta tensors: what goes in, what travels between stages, what comes out.
     """
 
     def __init__(
-        self, zero: Zero, *, mesh: Mesh, schedule: str, num_chunks: int, num_microbatches: int, hidden: Tensor, loss: Tensor
+        self, zero: Zero, *, mesh: Mesh, schedule: str, num_chunks: int, num_microbatches: int, ids: Tensor, hidden: Tensor, loss: Tensor
     ) -> None:
         self.zero = zero
         hidden, loss = hidden.requires_grad_(), loss.requires_grad_()  # decides whether a gradient is sent back
-        ids = torch.empty(hidden.shape[:2], dtype=torch.int64, device="meta")
         last = mesh.pp * num_chunks - 1
         self.stages = []
         for number in range(num_chunks):

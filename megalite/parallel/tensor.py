@@ -1,10 +1,14 @@
-"""Tensor parallelism, applied to a plain layer from outside: column, row, vocabulary embedding, vocabulary-parallel loss.
+"""Tensor parallelism, applied to a plain layer from outside: column, row, heads, vocabulary embedding, vocabulary-parallel loss.
 
 In: a layer on the meta device, a plan of names -> cuts, the tensor-parallel axis.  Out: the same layer with its modules
 swapped for the ones here and with a `Cut` on every parameter, shapes local to this rank. Shoeybi et al. 2019, arXiv:1909.08053:
 
     column   y_i = x A_i        A cut along its output; x is copied, its gradient summed
     row      y = sum_i x_i A_i  A cut along its input; the partial sums are reduced, then the bias is added once
+
+With sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198) what lies between a row and the next column is cut along the sequence:
+a column gathers its input, a row and the embedding scatter their sums, and what is held whole there, norms and biases, gets its
+gradient in parts, which `zero.py` sums.
 """
 
 from __future__ import annotations
@@ -20,42 +24,73 @@ from torch.nn import functional as F
 from megalite.layout import Cut, split
 from megalite.mesh import Mesh
 from megalite.parallel import collectives
+from megalite.parallel.context import Ulysses
 
 
 class ColumnLinear(nn.Module):
-    """x (..., d) -> this rank's columns (..., f / tp)."""
+    """x (b, s, d) -> this rank's columns (b, s, f / tp); with `sequence_parallel` x is this rank's part (b, s / tp, d)."""
 
-    def __init__(self, plain: nn.Linear, group: dist.ProcessGroup) -> None:
+    def __init__(self, plain: nn.Linear, group: dist.ProcessGroup, *, sequence_parallel: bool) -> None:
         super().__init__()
-        self.weight, self.bias, self.group = plain.weight, plain.bias, group
+        self.weight, self.bias, self.group, self.sequence_parallel = plain.weight, plain.bias, group, sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return gathered_linear(x, self.weight, self.bias, self.group.group_name)
         return F.linear(collectives.copy(x, self.group), self.weight, self.bias)
 
 
-class RowLinear(nn.Module):
-    """This rank's share of the input (..., f / tp) -> the whole output (..., d), the same on every rank."""
+@torch.library.custom_op("megalite::gathered_linear", mutates_args=())
+def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: str) -> Tensor:
+    """linear(gather(x)) that keeps x and not the gathered x, which the backward pass gathers again; one operation for recomputation."""
+    return F.linear(collectives.all_gather(x, collectives.named(group)), weight, bias)
 
-    def __init__(self, plain: nn.Linear, group: dist.ProcessGroup) -> None:
+
+@gathered_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, group: str) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] * collectives.named(group).size(), weight.shape[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, group = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.group, ctx.biased = collectives.named(group), bias is not None
+
+
+def _go_back(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    x, weight = ctx.saved_tensors
+    rows, whole = grad.flatten(0, 1), collectives.all_gather(x, ctx.group).flatten(0, 1)
+    return collectives.reduce_scatter(grad @ weight, ctx.group), rows.T @ whole, rows.sum(0) if ctx.biased else None, None
+
+
+gathered_linear.register_autograd(_go_back, setup_context=_keep)
+
+
+class RowLinear(nn.Module):
+    """This rank's share of the input (b, s, f / tp) -> the whole output (b, s, d), the same on every rank, or its part (b, s / tp, d)."""
+
+    def __init__(self, plain: nn.Linear, group: dist.ProcessGroup, *, sequence_parallel: bool) -> None:
         super().__init__()
         self.weight, self.bias, self.group = plain.weight, plain.bias, group
+        self.combine = collectives.scatter if sequence_parallel else collectives.reduce
 
     def forward(self, x: Tensor) -> Tensor:
-        y = collectives.reduce(F.linear(x, self.weight), self.group)
+        y = self.combine(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
 
 
 class VocabularyEmbedding(nn.Module):
-    """ids (b, s) -> (b, s, d); each rank looks up the ids it holds, the sum over the ranks is the embedding."""
+    """ids (b, s) -> (b, s, d), or this rank's part of it; each rank looks up the ids it holds, the sum over the ranks is the embedding."""
 
-    def __init__(self, plain: nn.Embedding, group: dist.ProcessGroup, rows: range) -> None:
+    def __init__(self, plain: nn.Embedding, group: dist.ProcessGroup, rows: range, *, sequence_parallel: bool) -> None:
         super().__init__()
         self.weight, self.group, self.rows = plain.weight, group, rows
+        self.combine = collectives.scatter if sequence_parallel else collectives.reduce
 
     def forward(self, ids: Tensor) -> Tensor:
         here = (ids >= self.rows.start) & (ids < self.rows.stop)
         found = F.embedding((ids - self.rows.start).where(here, 0), self.weight)
-        return collectives.reduce(found * here.unsqueeze(-1), self.group)
+        return self.combine(found * here.unsqueeze(-1), self.group)
 
 
 class VocabularyLoss(nn.Module):
@@ -100,10 +135,10 @@ class _CrossEntropy(torch.autograd.Function):
         return grad.mul_(grads[0].unsqueeze(-1)).to(ctx.dtype), None, None, None
 
 
-def cut(layer: nn.Module, name: str, *, plan: dict[str, str], mesh: Mesh) -> None:
+def cut(layer: nn.Module, name: str, *, plan: dict[str, str], mesh: Mesh, sequence_parallel: bool = False) -> None:
     """Cut `layer` (on the meta device, called `name` in the model) by the plan, in place; every parameter gets its `.cut`.
 
-    With tp = 1 only the `.cut`s are written: the model stays plain.
+    With tp = cp = 1 only the `.cut`s are written: the model stays plain.
     """
     for path, module in list(layer.named_modules(prefix=name)):
         how = _rule(plan, path)
@@ -111,8 +146,8 @@ def cut(layer: nn.Module, name: str, *, plan: dict[str, str], mesh: Mesh) -> Non
             for leaf, parameter in module.named_parameters(recurse=False):
                 _mark(parameter, Cut(f"{path}.{leaf}", tuple(parameter.shape)))
             continue
-        swapped = _cut_module(module, path, how=how, mesh=mesh)
-        if mesh.tp > 1:
+        swapped = _cut_module(module, path, how=how, mesh=mesh, sequence_parallel=sequence_parallel)
+        if swapped is not module:
             parent, _, leaf = path[len(name) + 1 :].rpartition(".")
             setattr(layer.get_submodule(parent), leaf, swapped)
 
@@ -125,7 +160,10 @@ def _mark(parameter: nn.Parameter, cut: Cut) -> None:
     parameter.cut = cut  # type: ignore[attr-defined]
 
 
-def _cut_module(module: nn.Module, path: str, *, how: str, mesh: Mesh) -> nn.Module:
+def _cut_module(module: nn.Module, path: str, *, how: str, mesh: Mesh, sequence_parallel: bool) -> nn.Module:
+    if how == "heads":
+        module.part = mesh.tp_rank * mesh.cp + mesh.cp_rank  # type: ignore[assignment]
+        return Ulysses(module, mesh.group("cp")) if mesh.cp > 1 else module
     dims = {"column": {"weight": 0, "bias": 0}, "row": {"weight": 1, "bias": None}, "vocabulary": {"weight": 0}, "vocabulary_loss": {}}[how]
     for leaf, parameter in list(module.named_parameters(recurse=False)):
         sections = getattr(module, "sections", ()) if dims[leaf] == 0 else ()
@@ -138,13 +176,13 @@ def _cut_module(module: nn.Module, path: str, *, how: str, mesh: Mesh) -> nn.Mod
     group = mesh.group("tp")
     if how == "column":
         assert isinstance(module, nn.Linear)
-        return ColumnLinear(module, group)
+        return ColumnLinear(module, group, sequence_parallel=sequence_parallel)
     if how == "row":
         assert isinstance(module, nn.Linear)
-        return RowLinear(module, group)
+        return RowLinear(module, group, sequence_parallel=sequence_parallel)
     if how == "vocabulary":
         assert isinstance(module, nn.Embedding)
-        return VocabularyEmbedding(module, group, _rows(module.num_embeddings, mesh))
+        return VocabularyEmbedding(module, group, _rows(module.num_embeddings, mesh), sequence_parallel=sequence_parallel)
     return VocabularyLoss(group, _rows(int(module.vocab), mesh))  # type: ignore[arg-type]
 
 

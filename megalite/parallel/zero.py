@@ -18,12 +18,14 @@ from typing import Any
 
 import deepspeed
 import deepspeed.runtime.superoffload.superoffload_stage3
+import deepspeed.runtime.zero.linear as zero_linear
 import deepspeed.runtime.zero.muon.original_muon
 import deepspeed.runtime.zero.partition_parameters as zero_partition
 import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
 import deepspeed.runtime.zero.stage3 as zero_stage3
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from megalite.config import suggest
 from megalite.errors import UserError
 from megalite.mesh import Mesh
+from megalite.parallel import gradients
 from megalite.parallel.pieces import Flat, Piece, Sharded
 
 
@@ -41,9 +44,10 @@ def settings(document: dict[str, Any], *, precision: str, micro_batch: int, redu
     """
     zero = dict(document.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
-    # DeepSpeed 0.19.8 routes bf16 ZeRO-1 with fp32 accumulation to another optimizer, which accumulates and clips by itself; ZeRO-2
-    # accumulates the same fp32 gradients, sharded. ZeRO 0 is ZeRO-2 over a group of one: DeepSpeed's own reports a norm of 0.
-    engine_stage = 2 if stage == 0 or (stage == 1 and precision == "bf16") else stage
+    # DeepSpeed 0.19.8 routes bf16 ZeRO-1 with fp32 accumulation to another optimizer, which accumulates and clips by itself, and adds up
+    # fp16 gradients in fp16; ZeRO-2 accumulates the same gradients in fp32, sharded. ZeRO 0 is ZeRO-2 over a group of one: DeepSpeed's
+    # own reports a norm of 0.
+    engine_stage = 2 if stage == 0 or (stage == 1 and precision != "fp32") else stage
     _check_keys(zero)
     owned = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -52,6 +56,7 @@ def settings(document: dict[str, Any], *, precision: str, micro_batch: int, redu
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16", "loss_scale": 1.0},  # the scale is ours: DeepSpeed's would multiply once a stage
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
         "zero_optimization": {**zero, "stage": engine_stage},
@@ -106,8 +111,8 @@ class _Axes:
 
 def shard(layer: nn.Module, *, configuration: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> None:
     """Replace the parameters of a layer that was just built by this rank's ZeRO-3 partition of them, in place."""
-    _scope_trace_checks(mesh.group("dp"))
-    group = mesh.group("dp")
+    group = mesh.group("copies")
+    _scope_trace_checks(group)
     deepspeed.zero.Init(module=layer, data_parallel_group=group, config_dict_or_path=configuration, dtype=dtype, mpu=_Axes(mesh, group))
 
 
@@ -118,7 +123,27 @@ def start() -> None:
     is never called here.
     """
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    _add_biases_out_of_place()
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # 0.19.8 takes "oneDNN has no fast fp16 here" for "torch cannot compute in fp16"; slow will do for proofs and trials
+        accelerator.is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _add_biases_out_of_place() -> None:
+    """Under ZeRO-3, DeepSpeed's own linear does the product and then adds the bias to it in place.
+
+    Selective recomputation keeps the product; with DeepSpeed 0.19.8 the bias was in it already when it was added again, and nothing
+    complained.
+    """
+
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None:
+            return input.matmul(weight.t())
+        return torch.addmm(bias, input.flatten(0, -2), weight.t()).view(*input.shape[:-1], -1)
+
+    zero_linear.LinearFunctionForZeroStage3.forward = staticmethod(forward)
 
 
 def _scope_trace_checks(group: dist.ProcessGroup) -> None:
@@ -152,9 +177,11 @@ class Zero:
         zero_stage: int,
         optimizer: torch.optim.Optimizer,
         tied: set[str],
+        sequence_parallel: bool = False,
     ) -> None:
         self.mesh, self.zero_stage = mesh, zero_stage
-        group = mesh.group("alone" if zero_stage == 0 else "dp")
+        self.partial = sequence_parallel  # gradients of what tensor-parallel ranks hold as copies come in parts
+        group = mesh.group("alone" if zero_stage == 0 else "copies")
         _scope_trace_checks(group)
         self.engine, *_ = deepspeed.initialize(
             model=stage, optimizer=optimizer, mpu=_Axes(mesh, group), config=configuration, dist_init_required=False
@@ -166,12 +193,19 @@ class Zero:
         self.owned = (Sharded if self.sharded else Flat)(self.inner, mesh=mesh, tied=tied, replicated=zero_stage == 0)
         cuts = [parameter.cut for parameter in stage.parameters()]  # type: ignore[attr-defined]
         self.uneven = mesh.tp > 1 and any(part % mesh.tp for cut in cuts for part in cut.parts)
+        self.scale = gradients.LossScale() if configuration["fp16"]["enabled"] else None
+        self.overflow = False
+        self.refuse: Callable[[float], bool] | None = None  # norm -> whether to leave this update out; asked on every rank
         self._norm = 0.0
         self._clip = 0.0
         self._step, self.inner.step = self.inner.step, self._finish
         # The norm is taken over the whole mesh, once, by `_finish`; DeepSpeed would take one per parameter group and hang where
         # stages differ in their groups.
-        self.inner.get_grad_norm_direct = lambda *_, **__: torch.zeros((), device=mesh.device)
+        # It drops a step that overflows, and so those that `_finish` says: stages 1 and 2 check if told to, stage 3 outside fp16 only
+        # whether the norm is finite.
+        self.inner.get_grad_norm_direct = lambda *_, **__: torch.full((), math.inf if self.overflow else 0.0, device=mesh.device)
+        self.inner.check_overflow = lambda *_, **__: setattr(self.inner, "overflow", self.overflow)
+        self.inner.check_grad_overflow = True
         if self.sharded:
             # DeepSpeed records one trace per root forward; a schedule interleaves forwards and backwards and never repeats it.
             # The trace is taken over the whole optimizer step instead (see `step`): weights stay gathered between neighbouring
@@ -234,33 +268,21 @@ class Zero:
 
     @torch.no_grad()
     def _finish(self) -> None:
-        """Between DeepSpeed's reduction and its optimizer: sum over dp for ZeRO 0, sum tied copies, norm, clip, then the step."""
+        """Between DeepSpeed's reduction and its optimizer: the missing sums, unscale, norm, clip, then the step, or none on overflow."""
         pieces = self.pieces()
-        gradients = [piece.gradient for piece in pieces if piece.gradient is not None]
-        assert len(gradients) == len(pieces), "a piece without a gradient"
-        if self.zero_stage == 0 and self.mesh.dp > 1:
-            _average(gradients, self.mesh.group("dp"))
-        for piece in pieces:
-            if piece.tied and self.mesh.pp > 1:
-                dist.all_reduce(piece.gradient, group=self.mesh.group("ends"))
-        if self.uneven:
-            _align([piece.gradient for piece in pieces if piece.cut.dim is None and piece.gradient is not None], self.mesh.group("tp"))
+        gradients.complete(pieces, self.mesh, replicated=self.zero_stage == 0, partial=self.partial, uneven=self.uneven)
+        if self.scale:
+            gradients.multiply(pieces, 1 / self.scale.value)
         if self.before_update is not None:
             self.before_update(pieces)
-        self._norm = self._global_norm(pieces)
-        if self._clip and self._norm > self._clip:
-            for gradient in gradients:
-                gradient.mul_(self._clip / (self._norm + 1e-6))
+        self._norm = gradients.norm(pieces, self.mesh)
+        overflow = self.scale is not None and not math.isfinite(self._norm)
+        self.overflow = overflow or (self.refuse is not None and self.refuse(self._norm))
+        if self._clip and self._clip < self._norm < math.inf:
+            gradients.multiply(pieces, self._clip / (self._norm + 1e-6))
         self._step()
-
-    def _global_norm(self, pieces: list[Piece]) -> float:
-        """Every logical element once."""
-        total = torch.zeros((), dtype=torch.float64 if self.mesh.device.type == "cpu" else torch.float32, device=self.mesh.device)
-        for piece in pieces:
-            if piece.first and piece.gradient is not None:
-                total += torch.linalg.vector_norm(piece.gradient, dtype=torch.float32).to(total.dtype) ** 2
-        dist.all_reduce(total)
-        return math.sqrt(total.item())
+        if self.scale:
+            self.scale.update(overflow=overflow)
 
     def pieces(self) -> list[Piece]:
         """What this rank owns, parameter by parameter, in a fixed order. Padding is left out."""
@@ -269,26 +291,3 @@ class Zero:
     def restore(self, steps: int) -> None:
         """After pieces were written from outside (a checkpoint): renew the weights the model computes with; `steps` were taken."""
         self.owned.restore(steps)
-
-
-def _align(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Give every tensor-parallel rank the first one's gradients of what they hold as copies.
-
-    Where shards differ in size, a copy lies at another place of the reduction's buffer on every rank, a ring adds up its dp terms in
-    another order there, and the last bits differ; copies would drift apart. Shards of one size are added up alike.
-    """
-    if gradients:
-        flat = torch.cat(gradients)
-        dist.broadcast(flat, src=dist.get_global_rank(group, 0), group=group)
-        for gradient, value in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(value)
-
-
-def _average(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Mean over the group, all transfers in flight at once."""
-    works = [dist.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]
-    for work in works:
-        if work is not None:
-            work.wait()
-    for gradient in gradients:
-        gradient.div_(dist.get_world_size(group))

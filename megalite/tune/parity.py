@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megalite import launch, models, optim
 from megalite.config import Config
-from megalite.models.layers import Batch
+from megalite.models.batch import Batch
 from megalite.tune.traffic import Traffic
 
 Owned = list[tuple[Any, int, Tensor]]  # (cut, start, flat) of every piece of a rank
@@ -36,12 +36,16 @@ class Step:
 
 @dataclass
 class Answer:
-    """What one rank saw: (loss, norm, gradients, weights) of each step, bytes it sent in the last one, bytes it held."""
+    """What one rank saw: (loss, norm, gradients, weights) of each step, bytes it sent in the last one, bytes it held.
+
+    parameters: of its stage, after tensor parallelism cut it; whole: how many of them tensor parallelism does not cut.
+    """
 
     steps: list[tuple[float, float, Owned, Owned]] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     held: int = 0
     parameters: int = 0
+    whole: int = 0
 
 
 def batch_of(config: Config, step: int) -> Batch:
@@ -50,7 +54,7 @@ def batch_of(config: Config, step: int) -> Batch:
     BERT's samples have uneven numbers of targets, and a fifth of its pairs are random: with half of them, the gradient of the bias
     of two elements behind them would cancel to the rounding of its terms.
     """
-    model, size, sequence = config.model, config.train.global_batch, config.data.sequence or config.model.sequence
+    model, size, sequence = config.model, config.train.global_batch, config.sequence
     draw = torch.Generator().manual_seed(1000 + step)
     assert model.vocab is not None
     ids = torch.randint(0, model.vocab, (size, sequence), generator=draw)
@@ -88,6 +92,8 @@ def reference(config: Config, *, steps: int) -> list[Step]:
     history = []
     for step in range(steps):
         batch = batch_of(config, step)
+        if config.model.dropout or config.model.attention_dropout:
+            batch["samples"] = models.sample_keys(torch.arange(len(batch["ids"])), seed=config.run.seed, step=step)
         targets = batch["labels"] != -100
         batch["weights"] = targets / targets.sum()
         batch["pair_weights"] = torch.full((config.train.global_batch,), 1 / config.train.global_batch)
@@ -105,9 +111,8 @@ def reference(config: Config, *, steps: int) -> list[Step]:
 
 def on_mesh(config: Config, document: dict[str, Any], *, steps: int, plant: Callable[[], None] | None = None) -> list[Answer]:
     """The same steps on forked ranks of config.mesh; `plant` runs on every rank first and may break something, for tests."""
-    mesh = config.mesh
     work = functools.partial(train_rank, config=config, document=document, steps=steps, plant=plant)
-    return launch.run_ranks((mesh.dp or 1) * mesh.pp * mesh.tp, work, warm=("megalite.engine",))
+    return launch.run_ranks(config.mesh.world, work, warm=("megalite.engine",))
 
 
 def train_rank(
@@ -117,7 +122,11 @@ def train_rank(
     if plant is not None:
         plant()
     engine, answer = start_engine(config, document, device=device), Answer()
-    answer.parameters = sum(math.prod(p.cut.local_shape) for p in _whole_parameters(engine))
+    if engine.zero.scale:
+        engine.zero.scale.value = 256.0  # no gradient of so small a model overflows: a skipped step is no step of one process
+    cuts = [parameter.cut for parameter in _whole_parameters(engine)]
+    answer.parameters = sum(math.prod(cut.local_shape) for cut in cuts)
+    answer.whole = sum(math.prod(cut.shape) for cut in cuts if cut.dim is None)
     gradients: list[Owned] = []
 
     def look(pieces: list[Any]) -> None:
@@ -139,7 +148,7 @@ def start_engine(config: Config, document: dict[str, Any], *, device: str = "cpu
     from megalite.engine import Engine
     from megalite.mesh import Mesh
 
-    mesh = Mesh.start(dp=config.mesh.dp or 1, pp=config.mesh.pp, tp=config.mesh.tp, device=torch.device(device))
+    mesh = Mesh.start(**config.mesh.degrees, device=torch.device(device))
     return Engine(config, mesh, document=document)
 
 

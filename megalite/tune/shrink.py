@@ -7,6 +7,8 @@ precision, clipping.
 
 from __future__ import annotations
 
+import math
+
 from megalite.config import Config, Mesh
 
 MOST_RANKS = 8
@@ -20,16 +22,19 @@ def shrink(config: Config) -> tuple[Config, list[str]]:
     small = config.model_copy(update={"mesh": mesh})
     dp, pp, tp, stages = mesh.dp or 1, mesh.pp, mesh.tp, mesh.pp * config.num_chunks
     model = config.model
-    keys = tp * min(2, max(1, model.num_kv_heads // tp))
-    heads = keys * min(4, model.heads // model.num_kv_heads)
+    keys = tp * min(max(2, mesh.cp), max(1, model.num_kv_heads // tp))
+    most = model.heads // model.num_kv_heads
+    heads = next(keys * ratio for ratio in (*range(min(4, most), most), most) if keys * ratio % (tp * mesh.cp) == 0 or ratio == most)
     width = heads * HEAD_WIDTH
     mlp = max(tp, round(width * model.mlp_width / model.width))
     vocab = 128 if (model.vocab or 0) % tp == 0 else 131
     layers = min(model.layers, max(stages, 3))
+    parts = math.prod(small.sequence_parts.values())
+    sequence = parts * min(max(2, SEQUENCE // parts), config.sequence // parts)
     changes = {
         "model": {
             "layers": layers, "width": width, "heads": heads, "kv_heads": keys if model.kv_heads else None,
-            "mlp": mlp if model.mlp else None, "vocab": vocab, "sequence": min(SEQUENCE, model.sequence), "init_std": 0.1,
+            "mlp": mlp if model.mlp else None, "vocab": vocab, "sequence": sequence, "init_std": 0.1,
         },
         "data": {"sequence": None},
         "train": {"global_batch": dp * 2 * max(pp, 2), "micro_batch": 2, "steps": 100},
@@ -43,10 +48,9 @@ def shrink(config: Config) -> tuple[Config, list[str]]:
 
 def shrink_mesh(mesh: Mesh) -> Mesh:
     """The mesh itself where it has at most eight ranks, else the smallest of its kind: 2 along every axis that has more than 1."""
-    dp = mesh.dp or 1
-    if dp * mesh.pp * mesh.tp <= MOST_RANKS:
-        return mesh.model_copy(update={"dp": dp, "ranks": None})
-    return Mesh(dp=min(dp, 2), pp=min(mesh.pp, 2), tp=min(mesh.tp, 2))
+    if mesh.world <= MOST_RANKS:
+        return mesh.model_copy(update={"dp": mesh.dp or 1, "ranks": None})
+    return Mesh(**{axis: min(degree, 2) for axis, degree in mesh.degrees.items()})
 
 
 def _said(before: Config, after: Config) -> list[str]:

@@ -6,6 +6,7 @@ does: all-gather and reduce-scatter of a tensor send (n - 1)/n of it from every 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite.config import Config
+from megalite.parallel.collectives import named
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "send")
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send")
 
 
 class Traffic(TorchDispatchMode):
@@ -26,19 +28,31 @@ class Traffic(TorchDispatchMode):
         self.sent: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self._count(func.__name__.split(".")[0], args)
+        name = func.__name__.split(".")[0]
+        if func.namespace == "c10d":  # in place, as DeepSpeed calls them
+            ranks = next((dist.ProcessGroup.unbox(a).size() for a in args if type(a).__name__ == "ScriptObject" and _is_group(a)), 1)
+            self._count(name, args, ranks)
+        elif func.namespace == "_c10d_functional" and name != "wait_tensor":  # as parallel/collectives.py calls them
+            self._count(name, args, named(args[-1]).size())
+        elif func.namespace == "megalite" and name == "gathered_linear":  # its inside is not seen
+            ranks = named(args[-1]).size()
+            self._count("all_gather_into_tensor", args, ranks)
         return func(*args, **(kwargs or {}))
 
-    def _count(self, name: str, args: tuple[Any, ...]) -> None:
-        ranks = next((dist.ProcessGroup.unbox(a).size() for a in args if type(a).__name__ == "ScriptObject" and _is_group(a)), 1)
+    def _count(self, name: str, args: tuple[Any, ...], ranks: int) -> None:
         share = (ranks - 1) / ranks
-        if name == "allreduce_":
+        if name in ("allreduce_", "all_reduce"):
             self.sent["all-reduce"] += round(2 * share * _bytes(args[0]))
-        elif name in ("_allgather_base_", "allgather_"):
+        elif name in ("_allgather_base_", "allgather_"):  # the whole is an argument
             self.sent["all-gather"] += round(share * _bytes(args[0]))
+        elif name == "all_gather_into_tensor":  # this rank's part is
+            self.sent["all-gather"] += (ranks - 1) * _bytes(args[0])
         elif name == "_reduce_scatter_base_":
             self.sent["reduce-scatter"] += round(share * _bytes(args[1]))
+        elif name == "reduce_scatter_tensor":
+            self.sent["reduce-scatter"] += round(share * _bytes(args[0]))
+        elif name == "all_to_all_single":
+            self.sent["all-to-all"] += round(share * _bytes(args[0]))
         elif name == "send":
             self.sent["send"] += _bytes(args[0])
 
@@ -57,37 +71,96 @@ def _bytes(value: Any) -> int:
     return sum(_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
 
 
-def expected(config: Config, stage: int, parameters: list[int]) -> dict[str, tuple[float, float]]:
-    """Least and most bytes that all ranks together send in a step, by kind; `parameters`: how many each rank's shard of its stage has.
+def expected(config: Config, stage: int, parameters: list[int], whole: list[int]) -> dict[str, tuple[float, float]]:
+    """Least and most bytes that all ranks together send in a step, by kind.
 
-        send            2 m t at each of the pp x chunks - 1 seams of each of the dp x tp pipelines, t = b s d numbers
-        all-reduce, tp  a microbatch: t once in the embedding, 4 times in a block, once in the head; 3 b s numbers for the loss
-        gradients       ZeRO 0, 1: N once, all-reduced; ZeRO 2: N a reduction, all-reduced; ZeRO 3: N a reduction, reduce-scattered
-        weights         ZeRO 1, 2: N gathered after the step; ZeRO 3: from once a step (all stay live) to 3 times a microbatch (none does)
-
-        tied weights    v d numbers in fp32, all-reduced between first and last stage (whole on every dp rank under ZeRO 0)
-
-    N are a rank's parameters, m the microbatches of a rank. The norm and the loss add a few bytes and are left out.
+    `parameters`: how many each rank's stage has after tensor parallelism cut it; `whole`: how many of them every tensor-parallel rank
+    holds alike. The norm and the loss add a few bytes and are left out.
     """
-    mesh, train, model = config.mesh, config.train, config.model
-    dp, width = mesh.dp or 1, 2 if train.precision == "bf16" else 4
-    m = train.global_batch // (dp * train.micro_batch)
-    tokens = train.micro_batch * (config.data.sequence or model.sequence)
-    t = tokens * model.width * width
-    send = dp * mesh.tp * (mesh.pp * config.num_chunks - 1) * 2 * m * t
-    reduced = 2 * (mesh.tp - 1) * dp * m * ((4 * model.layers + 2) * t + 3 * tokens * 4)
-    rounds = m if stage >= 2 and train.reduce != "step" else 1
-    numbers, share = sum(parameters), (dp - 1) / dp
-    gradient = share * numbers * rounds * (4 if stage < 2 else width)
-    if model.tied and mesh.pp > 1:
-        reduced += 2 * 4 * (model.vocab or 0) * model.width * (dp if stage == 0 else 1)
-    found = {"send": (send, send), "all-reduce": (reduced, reduced), "reduce-scatter": (0.0, 0.0), "all-gather": (0.0, 0.0)}
+    sent: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    most: dict[str, float] = {}
+    for part in (_pipeline(config), _tensor(config, stage, sum(whole)), _context(config), _tied(config, stage)):
+        for kind, size in part.items():
+            sent[kind] += size
+    share, width = 1 - 1 / _copies(config), _width(config)
+    rounds = _microbatches(config) if stage >= 2 and config.train.reduce != "step" else 1
+    weights, gradient = share * sum(parameters) * width, share * sum(parameters) * rounds * (4 if stage < 2 else width)
     if stage == 3:
-        found["reduce-scatter"] = (gradient, gradient)
-        found["all-gather"] = (share * numbers * width, 3 * m * share * numbers * width)
-    else:
-        total = reduced + 2 * gradient
-        found["all-reduce"] = (total, total)
-        if stage:
-            found["all-gather"] = (share * numbers * width,) * 2
-    return found
+        sent["reduce-scatter"] += gradient
+        # from once a step, where all weights stay live, to once in a forward, a repeated forward and a backward pass each
+        passes = 2 if config.train.recompute == "none" else 3
+        most["all-gather"] = sent["all-gather"] + passes * _microbatches(config) * weights
+        sent["all-gather"] += weights
+    else:  # reduced; from stage 1 on each rank updates its part, and the new weights are gathered
+        sent["all-reduce"] += 2 * gradient
+        sent["all-gather"] += weights if stage else 0
+    return {kind: (size, most.get(kind, size)) for kind, size in sent.items()}
+
+
+def _copies(config: Config) -> int:
+    return (config.mesh.dp or 1) * config.mesh.cp
+
+
+def _width(config: Config) -> int:
+    return 4 if config.train.precision == "fp32" else 2
+
+
+def _microbatches(config: Config) -> int:
+    return config.train.global_batch // ((config.mesh.dp or 1) * config.train.micro_batch)
+
+
+def _hidden(config: Config) -> float:
+    """Bytes t of a microbatch's hidden state on one rank, whole over tp."""
+    return config.train.micro_batch * config.sequence / config.mesh.cp * config.model.width * _width(config)
+
+
+def _again(config: Config) -> int:
+    """Blocks whose forward pass runs twice."""
+    if config.train.recompute != "full":
+        return 0
+    return min(config.model.layers, config.train.recompute_layers or config.model.layers)  # as tests have it: one chunk, or all of them
+
+
+def _pipeline(config: Config) -> dict[str, float]:
+    """A hidden state at each seam of each pipeline, and its gradient back."""
+    mesh, parts = config.mesh, config.mesh.tp if config.train.sequence_parallel else 1
+    seams = mesh.pp * config.num_chunks - 1
+    return {"send": _copies(config) * mesh.tp * seams * 2 * _microbatches(config) * _hidden(config) / parts}
+
+
+def _tensor(config: Config, stage: int, whole: int) -> dict[str, float]:
+    """A microbatch moves t once in the embedding, 4 times in a block, once in the head, and 3 numbers a token for the loss.
+
+    t is all-reduced, or under sequence parallelism scattered on one way and gathered on the other; a column gathers its input again in
+    the backward pass; and the gradients of what is held whole are added up once a step. A block that runs again repeats its forward
+    half, but for what comes after the last thing the backward pass asks for: the sum behind the MLP, unless a norm follows it.
+    """
+    mesh, layers, t = config.mesh, config.model.layers, _hidden(config)
+    links = (mesh.tp - 1) * _copies(config) * _microbatches(config)
+    repeated = 2 if config.model.family == "bert" else 1
+    loss = 2 * links * 3 * t / config.model.width * 4 / _width(config)
+    if not config.train.sequence_parallel:
+        return {"all-reduce": 2 * links * (4 * layers + 2 + repeated * _again(config)) * t + loss}
+    return {
+        "all-gather": links * (6 * layers + 3 + 2 * _again(config)) * t,
+        "reduce-scatter": links * (4 * layers + 2 + repeated * _again(config)) * t,
+        "all-reduce": loss + 2 * (mesh.tp - 1) / mesh.tp * whole * 4 / (1 if stage == 0 else _copies(config)),
+    }
+
+
+def _context(config: Config) -> dict[str, float]:
+    """Queries, keys, values and what is mixed of them, to other ranks and back, in both passes."""
+    mesh, model = config.mesh, config.model
+    keys = model.num_kv_heads // mesh.tp
+    keys *= mesh.cp // math.gcd(mesh.cp, keys)
+    heads = 2 * model.heads // mesh.tp + 2 * keys
+    size = config.train.micro_batch * config.sequence / mesh.cp * heads * model.head_width * _width(config)
+    passes = 2 * model.layers + _again(config)
+    return {"all-to-all": (mesh.cp - 1) * (config.mesh.dp or 1) * mesh.tp * _microbatches(config) * passes * size}
+
+
+def _tied(config: Config, stage: int) -> dict[str, float]:
+    """A tied weight's gradient, fp32, all-reduced between first and last stage; whole on every copy under ZeRO 0."""
+    if not (config.model.tied and config.mesh.pp > 1):
+        return {}
+    return {"all-reduce": 2 * 4 * (config.model.vocab or 0) * config.model.width * (_copies(config) if stage == 0 else 1)}

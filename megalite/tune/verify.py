@@ -4,8 +4,8 @@ In: the user's run config.  Out: loss, gradient norm, worst gradient and worst u
 plain PyTorch and what the precision allows; bytes sent by kind beside the count of the textbook; memory of a rank.
 
 The layout is proved in fp32, whatever the run's precision: max |a - b| / max |b| of a tensor is within 1e-5 (weights smaller than one step
-are measured against a step). A bf16 run is then run in bf16 too: the error of all gradients and of all weights in the 2-norm, against
-fp32, is at most twice that of one rank in bf16.
+are measured against a step). A bf16 or fp16 run is then run in that type too: the error of all gradients and of all weights in the 2-norm,
+against fp32, is at most twice that of one rank in it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from rich.table import Table
 from torch import Tensor
 
 from megalite import models
-from megalite.config import Config, resolve_mesh
+from megalite.config import Config, Mesh
 from megalite.ds_config import read_document
+from megalite.fit import resolve_mesh
 from megalite.log import open_console, quiet_foreign
 from megalite.tune.parity import Answer, Step, assemble, difference, on_mesh, reference
 from megalite.tune.shrink import shrink
@@ -28,6 +29,7 @@ from megalite.tune.traffic import KINDS, expected
 
 STEPS = 3
 TOLERANCE = 1e-5
+ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-11}  # half the distance of 1 to the next number: no error below it says anything
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,18 @@ def verify(config: Config) -> int:
     quiet_foreign()
     console = open_console()
     document = read_document(config)
-    resolve_mesh(config, (config.mesh.dp or 1) * config.mesh.pp * config.mesh.tp)
+    resolve_mesh(config, config.mesh.world)
     small, changes = shrink(config)
     mesh, train = small.mesh, small.train
-    resolve_mesh(small, (mesh.dp or 1) * mesh.pp * mesh.tp)
+    resolve_mesh(small, mesh.world)
     stage = document.get("zero_optimization", {}).get("stage", 0)
-    layout = f"dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp}, ZeRO-{stage}"
+    layout = f"{_mesh_said(mesh)}, ZeRO-{stage}"
     console.print(f"{config.name}: {layout}, {train.schedule}, {train.precision}", f"shrunk: {', '.join(changes)}", sep="\n")
     try:
         exact = _with_precision(small, "fp32")
         answers = on_mesh(exact, document, steps=STEPS)
         findings = compare(exact, assemble(answers, steps=STEPS))
-        if train.precision == "bf16":
+        if train.precision in ROUNDING:
             findings += compare_rounded(small, assemble(on_mesh(small, document, steps=STEPS), steps=STEPS))
     except AssertionError as error:  # ranks that should hold copies do not
         console.print(f"FAILED: {error}")
@@ -69,6 +71,10 @@ def verify(config: Config) -> int:
     good = all(finding.good for finding in findings)
     console.print("the same numbers as one process" if good else "FAILED: this layout does not compute what one process computes")
     return 0 if good else 1
+
+
+def _mesh_said(mesh: Mesh) -> str:
+    return " x ".join(f"{axis} {degree}" for axis, degree in mesh.degrees.items() if axis != "cp" or degree > 1)
 
 
 def _with_precision(config: Config, precision: str) -> Config:
@@ -81,16 +87,16 @@ def compare(config: Config, ours: list[Step]) -> list[Finding]:
 
 
 def compare_rounded(config: Config, ours: list[Step]) -> list[Finding]:
-    """A bf16 mesh and one bf16 rank, both against fp32: the 2x rule for losses, norms, all gradients and all weights."""
+    """A bf16 or fp16 mesh and one such rank, both against fp32: the 2x rule for losses, norms, all gradients and all weights."""
     plain, tied = reference(config, steps=len(ours)), models.tied(config.model)
-    one = config.mesh.model_copy(update={"dp": 1, "pp": 1, "tp": 1})
-    train = config.train.model_copy(update={"schedule": "1f1b", "chunks": None, "reduce": None})
+    one = config.mesh.model_copy(update=dict.fromkeys(config.mesh.degrees, 1))
+    train = config.train.model_copy(update={"schedule": "1f1b", "chunks": None, "reduce": None, "sequence_parallel": False})
     alone = assemble(on_mesh(config.model_copy(update={"mesh": one, "train": train}), {}, steps=len(ours)), steps=len(ours))
     found = []
     for what in ("loss", "grad_norm", "gradients", "weights"):
         mine, single, exact = (torch.stack([_vector(step, what, plain[0], tied) for step in run]) for run in (ours, alone, plain))
         off, allowed = (((run - exact).norm() / exact.norm()).item() for run in (mine, single))
-        found.append(Finding(f"in bf16: {what.replace('_', ' ')}", off, 2 * max(allowed, 2.0**-8)))
+        found.append(Finding(f"in {train.precision}: {what.replace('_', ' ')}", off, 2 * max(allowed, ROUNDING[train.precision])))
     return found
 
 
@@ -132,7 +138,7 @@ def _table(findings: list[Finding]) -> Table:
 def _traffic_table(config: Config, stage: int, answers: list[Answer]) -> Table:
     """Bytes a step of all ranks together; the most a rank holds."""
     sent: Counter[str] = sum((answer.sent for answer in answers), Counter())
-    wanted = expected(config, stage, [answer.parameters for answer in answers])
+    wanted = expected(config, stage, [answer.parameters for answer in answers], [answer.whole for answer in answers])
     table = Table("sent a step, all ranks", "KiB", "textbook", title=None)
     for kind in KINDS:
         least, most = wanted[kind]

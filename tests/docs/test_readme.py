@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite import cli, config
+from megalite import cli, config, fit
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -55,7 +55,7 @@ def test_the_gpu_commands_are_runs_that_fit_their_ranks(command: str) -> None:
     at = words.index("train")
     run = config.load(words[at + 1], overrides=cli.read_flags(words[at + 2 :], config.Config))
     per_node = int(words[words.index("--nproc-per-node") + 1]) if "--nproc-per-node" in words else 8
-    assert config.resolve_mesh(run, per_node).mesh.dp is not None
+    assert fit.resolve_mesh(run, per_node).mesh.dp is not None
 
 
 @pytest.mark.parametrize("line", [line for line in _commands("sh") if line.startswith("make ")])

@@ -22,7 +22,16 @@ RATE = 1e-2  # the learning rate
 
 
 def config_of(
-    *, family: str = "gpt", style: str = "gpt2", tied: bool = True, layers: int = 3, dp: int = 1, pp: int = 1, tp: int = 1, **train: object
+    *,
+    family: str = "gpt",
+    style: str = "gpt2",
+    tied: bool = True,
+    layers: int = 3,
+    dp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    tp: int = 1,
+    **train: object,
 ) -> Config:
     """A model small enough for a second, odd enough to find mistakes: widths and vocabulary that no degree divides well."""
     llama = {"positions": "rope", "norm": "rms", "activation": "swiglu", "bias": False, "kv_heads": 4, "mlp": 50}
@@ -32,7 +41,7 @@ def config_of(
                 "family": family, "layers": layers, "width": 48, "heads": 8 if style == "llama" else 4, "vocab": 67, "sequence": 16,
                 "tied": tied, "init_std": 0.1, **(llama if style == "llama" else {"activation": "gelu"} if family == "bert" else {}),
             },
-            "mesh": {"dp": dp, "pp": pp, "tp": tp},
+            "mesh": {"dp": dp, "pp": pp, "cp": cp, "tp": tp},
             "train": {"steps": 100, "global_batch": 16, "micro_batch": 2, "precision": "fp32", "clip": 0.5, **train},
             "optimizer": {"lr": RATE, "warmup": 2, "weight_decay": 0.1, "eps": 1e-2},
         }

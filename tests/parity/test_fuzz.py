@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from megalite.config import Config, resolve_mesh
+from megalite.config import Config
 from megalite.errors import UserError
+from megalite.fit import resolve_mesh
 from megalite.tune.parity import assemble, on_mesh
 from megalite.tune.verify import STEPS, Finding, compare, compare_rounded
 

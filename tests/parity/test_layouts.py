@@ -7,6 +7,7 @@ turn, and `make parity` runs all of it.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 
 import pytest
@@ -52,6 +53,13 @@ def _cases() -> list:
             marks = () if place == turn % len(MODELS) else (pytest.mark.slow,)
             cases.append(pytest.param(mesh, zero, schedule, model, marks=marks, id=f"{mesh}-{zero}-{schedule}-{model}"))
     return cases
+
+
+def _alive() -> dict[int, int]:
+    """Bytes of every storage that a tensor of this process refers to, by address."""
+    gc.collect()
+    storages = [found.untyped_storage() for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 @functools.cache
@@ -107,6 +115,7 @@ def test_without_clipping_nothing_is_clipped() -> None:
     assert_same(on_mesh(config, zero=2), plain, tied={})
 
 
+@pytest.mark.parametrize("how", ["full", "selective"])
 @pytest.mark.parametrize(
     ("mesh", "zero", "schedule", "model"),
     [
@@ -117,38 +126,45 @@ def test_without_clipping_nothing_is_clipped() -> None:
         ("dp2-pp2", "zero2-microbatch", "interleaved", "gpt2-untied"),
     ],
 )
-def test_blocks_that_run_again_in_the_backward_pass_compute_the_same(mesh: str, zero: str, schedule: str, model: str) -> None:
+def test_blocks_that_compute_again_in_the_backward_pass_compute_the_same(mesh: str, zero: str, schedule: str, model: str, how: str) -> None:
     stage, reduce = ZEROS[zero]
-    config = _config(mesh, model, layers=4, schedule=schedule, recompute="full", **reduce)
+    config = _config(mesh, model, layers=4, schedule=schedule, recompute=how, **reduce)
     assert_same(on_mesh(config, zero=stage), _plain(model, config.train.global_batch, 4), tied=models.tied(config.model))
+
+
+def test_only_the_first_blocks_of_a_chunk_compute_again() -> None:
+    config = _config("dp2-pp2", "gpt2-tied", layers=6, recompute="selective", recompute_layers=1)
+    assert_same(on_mesh(config, zero=3), _plain("gpt2-tied", 16, 6), tied=models.tied(config.model))
 
 
 @pytest.mark.parametrize("model", ["gpt2-tied", "llama-untied", "bert"])
 def test_recomputation_keeps_little_for_the_backward_pass(model: str) -> None:
-    """Bytes autograd saves in one forward pass, weights not counted; a block of width d keeps about d a token instead of 20 d or more."""
+    """Bytes kept in one forward pass, weights not counted: a block of width d keeps d a token, some 10 d selectively, else 20 d or more."""
     kept = {}
-    for how in ("none", "full"):
-        config = _config("pp1", model, layers=8, recompute=how)
-        (kept[how],) = launch.run_ranks(1, functools.partial(_saved, config=config))
-    assert kept["full"] < kept["none"] / 4
+    for how, layers in (("none", None), ("full", None), ("selective", None), ("full", 4)):
+        config = _config("pp1", model, layers=8, recompute=how, recompute_layers=layers)
+        (kept[how, layers],) = launch.run_ranks(1, functools.partial(_kept, config=config))
+    assert kept["full", None] < kept["none", None] / 4
+    assert kept["full", None] < kept["selective", None] < 0.8 * kept["none", None]
+    half = (kept["none", None] + kept["full", None]) / 2
+    assert kept["full", 4] == pytest.approx(half, rel=0.1)
 
 
-def _saved(rank: int, *, config: Config) -> int:
+def _kept(rank: int, *, config: Config) -> int:
+    """What autograd saves in a forward pass, and what Python holds more after it (selective recomputation's own store)."""
     engine = start_engine(config, {})
     batch = {name: value[:2] for name, value in batch_of(config, 0).items()}
     batch["weights"], batch["pair_weights"] = torch.ones(batch["ids"].shape), torch.ones(2)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in engine.zero.engine.module.parameters()}
-    saved: dict[int, int] = {}
+    before, saved = _alive(), {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    stage = engine.zero.engine.module
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        stage(batch["ids"], batch).sum()
-    return sum(saved.values())
+        loss = engine.zero.engine.module(batch["ids"], batch).sum()
+    assert loss.requires_grad
+    return sum(size for place, size in {**_alive(), **saved}.items() if place not in before)
 
 
 @pytest.mark.parametrize(("mesh", "zero"), [("dp2-pp2-tp2", 3), ("tp4", 2), ("pp3", 0)])
@@ -156,8 +172,48 @@ def _saved(rank: int, *, config: Config) -> int:
 def test_initial_weights_are_a_function_of_seed_and_name(mesh: str, zero: int, model: str) -> None:
     config = _config(mesh, model)
     document = {"zero_optimization": {"stage": zero}}
-    world = (config.mesh.dp or 1) * config.mesh.pp * config.mesh.tp
-    ranks = launch.run_ranks(world, lambda rank: masters(start_engine(config, document)), warm=("megalite.engine",))
+    ranks = launch.run_ranks(config.mesh.world, lambda rank: masters(start_engine(config, document)), warm=("megalite.engine",))
     whole = models.build(config.model, seed=config.run.seed)
     for name, weight in put_together(ranks).items():
         assert torch.equal(weight, whole.get_parameter(models.tied(config.model).get(name, name))), name
+
+
+# ---- sequences cut over tensor-parallel and context-parallel ranks, dropout --------------------------------------------------------------
+
+CUT = {
+    "cp2": ({"cp": 2}, 3),
+    "dp2-cp2-pp2": ({"dp": 2, "cp": 2, "pp": 2}, 3),
+    "cp4": ({"cp": 4}, 2),
+    "cp2-tp2": ({"cp": 2, "tp": 2}, 0),
+    "tp2-split": ({"tp": 2, "sequence_parallel": True}, 3),
+    "dp2-tp2-split": ({"dp": 2, "tp": 2, "sequence_parallel": True}, 1),
+    "pp2-tp2-split": ({"pp": 2, "tp": 2, "sequence_parallel": True, "schedule": "interleaved"}, 3),
+    "cp2-pp2-tp2-split": ({"cp": 2, "pp": 2, "tp": 2, "sequence_parallel": True}, 2),
+    "dp2-pp2-tp2-split": ({"dp": 2, "pp": 2, "tp": 2, "sequence_parallel": True, "recompute": "selective"}, 3),
+}
+
+
+@pytest.mark.parametrize("cut", CUT)
+@pytest.mark.parametrize("model", ["gpt2-tied", "llama-untied", "bert"])
+def test_sequences_cut_over_ranks_compute_what_whole_ones_do(cut: str, model: str) -> None:
+    settings, stage = CUT[cut]
+    config = config_of(**MODELS[model], layers=4, **settings)
+    assert_same(on_mesh(config, zero=stage), _plain(model, 16, 4), tied=models.tied(config.model))
+
+
+def test_fewer_key_heads_than_context_parallel_ranks_are_shared() -> None:
+    """8 query heads over 4 ranks, 2 key heads: each is repeated twice, and its gradient is the sum of both."""
+    config = config_of(**MODELS["llama-untied"], cp=4)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"kv_heads": 2})})
+    assert_same(on_mesh(config, zero=3), reference(config), tied={})
+
+
+@pytest.mark.parametrize("model", ["gpt2-tied", "llama-untied", "bert"])
+@pytest.mark.parametrize("cut", ["dp2-cp2-pp2", "dp2-pp2-tp2-split", "cp2-tp2"])
+def test_every_mesh_drops_what_one_process_drops(cut: str, model: str) -> None:
+    settings, stage = CUT[cut]
+    config = config_of(**MODELS[model], **settings)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.1, "attention_dropout": 0.2})})
+    plain = reference(config)
+    assert abs(plain[0].loss - _plain(model, 16)[0].loss) > 1e-3, "nothing was dropped"
+    assert_same(on_mesh(config, zero=stage), plain, tied=models.tied(config.model))

@@ -55,7 +55,7 @@ def _build(rank: int, *, config: Config, stage: int) -> int:
     from megalite.mesh import Mesh
     from megalite.parallel import zero
 
-    mesh = Mesh.start(dp=config.mesh.dp or 1, pp=config.mesh.pp, tp=config.mesh.tp, device=torch.device("cpu"))
+    mesh = Mesh.start(**config.mesh.degrees, device=torch.device("cpu"))
     zero.start()
     engine = Engine.__new__(Engine)
     engine.config, engine.mesh, engine.dtype = config, mesh, torch.float32

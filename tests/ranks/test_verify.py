@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megalite import config as settings
+from megalite import fit
 from megalite.config import Config, load
 from megalite.mesh import Mesh
 from megalite.tune import parity
@@ -24,8 +25,11 @@ from megalite.tune.verify import STEPS, compare
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
-def _small(recipe: str = "gpt2-124m", **mesh: int) -> Config:
-    small, _ = shrink(load(recipe, overrides={"mesh": mesh, "train": {"precision": "fp32"}}))
+def _small(recipe: str = "gpt2-124m", *, dropout: float = 0.0, **layout: Any) -> Config:
+    """A shrunk recipe; `layout` is degrees of the mesh and settings of `train`."""
+    mesh = {axis: layout.pop(axis, 1) for axis in ("dp", "pp", "cp", "tp")}
+    train = {"precision": "fp32", "sequence_parallel": False, **layout}
+    small, _ = shrink(load(recipe, overrides={"mesh": mesh, "train": train, "model": {"dropout": dropout}}))
     return small
 
 
@@ -45,10 +49,10 @@ def forget_to_sum_tied_copies() -> None:
 
 
 def leave_a_stage_out_of_the_norm() -> None:
-    from megalite.parallel.zero import Zero
+    from megalite.parallel import gradients
 
-    whole = Zero._global_norm
-    Zero._global_norm = lambda self, pieces: whole(self, pieces if self.mesh.first_stage else [])  # type: ignore[method-assign]
+    whole = gradients.norm
+    gradients.norm = lambda pieces, mesh: whole(pieces if mesh.first_stage else [], mesh)
 
 
 def forget_to_reduce_what_a_column_cut_copied() -> None:
@@ -83,27 +87,52 @@ def read_the_samples_in_another_order() -> None:
 def drop_a_microbatch() -> None:
     from megalite.engine import Engine
 
-    weigh = Engine._weigh
+    deal = Engine._deal
 
-    def lose_one(self: Any, microbatches: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        batches = list(weigh(self, microbatches))
+    def lose_one(self: Any, microbatches: list[dict[str, Tensor]], **others: Any) -> Iterator[dict[str, Tensor]]:
+        batches = list(deal(self, microbatches, **others))
         batches[-1]["weights"] = torch.zeros_like(batches[-1]["weights"])
         return iter(batches)
 
-    Engine._weigh = lose_one  # type: ignore[method-assign]
+    Engine._deal = lose_one  # type: ignore[method-assign]
 
 
 def average_over_the_wrong_number_of_ranks() -> None:
-    from megalite.parallel import zero
+    from megalite.parallel import gradients
 
-    average = zero._average
+    average = gradients._average
 
-    def twice(gradients: list[Tensor], group: Any) -> None:
-        average(gradients, group)
-        for gradient in gradients:
+    def twice(reduced: list[Tensor], group: Any) -> None:
+        average(reduced, group)
+        for gradient in reduced:
             gradient.div_(2)
 
-    zero._average = twice
+    gradients._average = twice
+
+
+def forget_to_reduce_norms_under_sequence_parallelism() -> None:
+    from megalite.parallel import gradients
+
+    complete = gradients.complete
+    gradients.complete = lambda pieces, mesh, **how: complete(pieces, mesh, **{**how, "partial": False, "uneven": True})
+
+
+def drop_the_same_on_ranks_with_other_parts() -> None:
+    from megalite.models import dropout
+
+    streams = dropout.streams
+    dropout.streams = lambda samples, places, *, site: streams(samples, places - places.min(), site=site)
+
+
+def take_the_keys_of_another_rank_for_ones_own() -> None:
+    from megalite.parallel import context
+
+    exchange = context.collectives.exchange
+
+    def turned(x: Tensor, group: Any, *, split: int, join: int) -> Tensor:
+        return exchange(x.roll(x.shape[split] // group.size(), dims=split) if split == 2 else x, group, split=split, join=join)
+
+    context.collectives.exchange = turned
 
 
 FAULTS: list[tuple[Callable[[], None], dict[str, int], dict]] = [
@@ -116,13 +145,16 @@ FAULTS: list[tuple[Callable[[], None], dict[str, int], dict]] = [
     (read_the_samples_in_another_order, {"dp": 2}, ZERO3),
     (drop_a_microbatch, {"dp": 2}, ZERO3),
     (average_over_the_wrong_number_of_ranks, {"dp": 2}, {}),
+    (forget_to_reduce_norms_under_sequence_parallelism, {"tp": 2, "sequence_parallel": True}, ZERO3),
+    (drop_the_same_on_ranks_with_other_parts, {"cp": 2, "dropout": 0.2}, ZERO3),
+    (take_the_keys_of_another_rank_for_ones_own, {"cp": 2}, ZERO3),
 ]
 
 
 @pytest.mark.parametrize(("fault", "mesh", "document"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])
 def test_a_planted_fault_is_found(fault: Callable[[], None], mesh: dict[str, int], document: dict) -> None:
     # a vocabulary of odd size would crash where its rows are swapped; Llama's halves are equal
-    small = _small("gpt-7b" if fault is give_vocabulary_rows_to_the_wrong_rank else "gpt2-124m", **{"pp": 1, "tp": 1, **mesh})
+    small = _small("gpt-7b" if fault is give_vocabulary_rows_to_the_wrong_rank else "gpt2-124m", **mesh)
     try:
         findings = compare(small, assemble(on_mesh(small, document, steps=STEPS, plant=fault), steps=STEPS))
     except AssertionError as error:  # ranks that should hold copies hold different values: found, too
@@ -142,13 +174,25 @@ def test_without_the_fault_the_same_layout_is_right(fault: Callable[[], None], m
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
-    ("recipe", "mesh"), [("gpt2-124m", {"dp": 2, "pp": 2, "tp": 2}), ("gpt-7b", {"pp": 2, "tp": 2}), ("bert-base", {"dp": 4})]
+    ("recipe", "mesh"),
+    [
+        ("gpt2-124m", {"dp": 2, "pp": 2, "tp": 2}),
+        ("gpt-7b", {"pp": 2, "tp": 2, "recompute": "full"}),
+        ("bert-base", {"dp": 4}),
+        ("bert-base", {"tp": 2, "recompute": "full"}),
+        ("gpt2-124m", {"dp": 2, "pp": 2, "tp": 2, "sequence_parallel": True, "recompute": "full"}),
+        ("bert-base", {"dp": 2, "tp": 2, "sequence_parallel": True, "recompute": "selective"}),
+        ("gpt-7b", {"dp": 2, "cp": 2, "pp": 2, "recompute": "full"}),
+        ("gpt-7b", {"cp": 2, "tp": 2, "sequence_parallel": True}),
+    ],
 )
 def test_bytes_sent_are_those_of_the_textbook(stage: int, recipe: str, mesh: dict[str, int]) -> None:
-    small = _small(recipe, **{"pp": 1, "tp": 1, **mesh, "dp": mesh.get("dp", 1)})
+    small = _small(recipe, **mesh)
     document = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     answers = on_mesh(small, document, steps=STEPS)
-    for kind, (least, most) in expected(small, stage, [answer.parameters for answer in answers]).items():
+    for kind, (least, most) in expected(
+        small, stage, [answer.parameters for answer in answers], [answer.whole for answer in answers]
+    ).items():
         sent = sum(answer.sent[kind] for answer in answers)
         assert 0.95 * least <= sent <= 1.05 * most + 1024, f"{kind}: {sent} bytes, expected {least} to {most}"
     assert set(KINDS) >= set().union(*(answer.sent for answer in answers))
@@ -157,7 +201,7 @@ def test_bytes_sent_are_those_of_the_textbook(stage: int, recipe: str, mesh: dic
 @pytest.mark.parametrize("dp", [1, 2, 4])
 def test_a_rank_holds_its_share_under_zero_3(dp: int) -> None:
     """fp32: 4 bytes of weights, 4 of gradients, 12 of master weights and moments, for 1/dp of the parameters."""
-    small = _small(dp=dp, pp=1, tp=1)
+    small = _small(dp=dp)
     answers = on_mesh(small, ZERO3, steps=STEPS)
     share = 20 * answers[0].parameters / dp
     assert max(answer.held for answer in answers) == pytest.approx(share, rel=0.05)
@@ -170,9 +214,9 @@ def test_a_rank_holds_its_share_under_zero_3(dp: int) -> None:
 def test_a_shrunk_recipe_is_small_and_fits_its_mesh(recipe: str) -> None:
     run = load(recipe)
     small, changes = shrink(run)
-    world = (small.mesh.dp or 1) * small.mesh.pp * small.mesh.tp
+    world = small.mesh.world
     assert world <= MOST_RANKS and changes
-    settings.resolve_mesh(small, world)
+    fit.resolve_mesh(small, world)
     kept = ("family", "positions", "norm", "activation", "bias", "tied")
     assert all(getattr(small.model, name) == getattr(run.model, name) for name in kept)
     assert small.model.heads // small.model.num_kv_heads == min(4, run.model.heads // run.model.num_kv_heads)

@@ -98,3 +98,20 @@ def test_deepspeed_records_a_trace_per_root_forward() -> None:
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
     assert "fwd_pre_hook" in inspect.getsource(DeepSpeedZeRoOffload.setup_zero_stage3_hooks)
+
+
+def test_deepspeeds_linear_adds_its_bias_twice_under_selective_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first step biases are 0; in the second, what was kept of a product has its bias already."""
+    monkeypatch.setattr(zero, "_add_biases_out_of_place", lambda: None)
+    config = config_of(dp=2, recompute="selective")
+    ours, plain = on_mesh(config, zero=3)[1], reference(config)[1]
+    assert max(difference(ours.gradients[name], exact) for name, exact in plain.gradients.items()) > 1e-3
+
+
+def test_deepspeed_takes_slow_fp16_for_none() -> None:
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        pytest.skip("this CPU has fast fp16, which DeepSpeed sees")
+    assert torch.ones(2, 2, dtype=torch.float16).mm(torch.ones(2, 2, dtype=torch.float16)).sum() == 8
+    assert not CPU_Accelerator().is_fp16_supported()

@@ -41,7 +41,7 @@ def test_a_dotted_flag_sets_a_field_of_a_section_and_dashes_are_underscores() ->
     assert _read("--mesh.tp 4 --train.global-batch 8 --train.global_batch 16") == {"mesh": {"tp": "4"}, "train": {"global_batch": "16"}}
     assert _parsed("--mesh.tp 4 --name mine --optimizer.lr 1e-3 --optimizer.min-lr=0").model_dump(include={"mesh", "name"}) == {
         "name": "mine",
-        "mesh": {"dp": None, "pp": 1, "tp": 4, "ranks": None},
+        "mesh": {"dp": None, "pp": 1, "cp": 1, "tp": 4, "ranks": None},
     }
 
 

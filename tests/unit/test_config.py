@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from megalite import config as settings
 from megalite import pretrain
-from megalite.config import Config, Optimizer, resolve_mesh
+from megalite.config import Config, Optimizer
 from megalite.errors import UserError
+from megalite.fit import resolve_mesh
 
 
 def _file(folder: Path, document: Any, name: str = "mine.yaml") -> str:
@@ -198,7 +199,24 @@ def _run(**sections: dict[str, Any]) -> Config:
             4,
             "2 microbatches (global_batch 8 / dp 1 / micro_batch 4) cannot fill mesh.pp = 4 stages under 1f1b; raise train.global_batch",
         ),
-        ({"train": {"precision": "fp16"}}, 1, "train.precision = fp16 needs a loss scale that the whole mesh agrees on"),
+        ({"mesh": {"pp": 2, "cp": 2}}, 6, "mesh dp*pp*cp*tp = 1*2*2*1 = 4, but 6 ranks were started; start 4 or change mesh.dp"),
+        (
+            {"mesh": {"cp": 8}},
+            8,
+            "model.heads = 4 is not divisible by mesh.tp x mesh.cp = 1 x 8, but context-parallel ranks share out the heads; lower mesh.cp",
+        ),
+        (
+            {"mesh": {"cp": 2}, "data": {"sequence": 15}},
+            2,
+            "data.sequence = 15 is not divisible by mesh.cp = 2, over which sequences are split; choose a multiple of 2",
+        ),
+        (
+            {"mesh": {"cp": 2, "tp": 2}, "data": {"sequence": 14}, "train": {"sequence_parallel": True}},
+            4,
+            "data.sequence = 14 is not divisible by mesh.cp x mesh.tp = 2 x 2, over which sequences are split; choose a multiple of 4",
+        ),
+        ({"train": {"sequence_parallel": True}}, 1, "train.sequence_parallel cuts sequences over tensor-parallel ranks, but mesh.tp = 1"),
+        ({"train": {"recompute_layers": 2}}, 1, "train.recompute_layers = 2 is of no use with train.recompute = none"),
         ({"data": {"sequence": 17}}, 1, "data.sequence = 17 is longer than model.sequence = 16; lower data.sequence"),
         ({"mesh": {"tp": 4}, "model": {"vocab": 3}}, 4, "model.vocab = 3 is smaller than mesh.tp = 4; lower mesh.tp"),
     ],

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import BertConfig, BertForPreTraining, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import megalite
-from megalite import config, ds_config, models
+from megalite import config, ds_config, fit, models
 from megalite.config import Config
 from megalite.models import counts
 
@@ -84,7 +84,7 @@ EIGHT_RANKS = [(name, 8) for name in (*PUBLISHED, *TINY)]
 
 @pytest.mark.parametrize(("name", "world"), [*EIGHT_RANKS, ("gpt2-124m", 1), ("gpt-7b", 64), ("bert-base", 16)])
 def test_a_recipe_fits_its_mesh(name: str, world: int) -> None:
-    run = config.resolve_mesh(recipe(name), world)
+    run = fit.resolve_mesh(recipe(name), world)
     assert (run.mesh.dp or 0) * run.mesh.pp * run.mesh.tp == world
 
 

@@ -1,0 +1,17 @@
+"""What a microbatch holds, by name, and how each entry lies where sequences are cut. b sequences of s tokens.
+
+The data set gives ids and labels (and for BERT segments, length and next_sentence); the engine adds the rest.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+# (b, s), one of every token that is looked up or predicted: cut by context parallelism
+TOKENS = ("ids", "labels", "weights")
+# (b, s), what goes with a row of the hidden state, so cut as that is: BERT's segments; positions, where they are not 0 .. s - 1; places,
+# the rows' numbers in their samples
+HIDDEN = ("segments", "positions", "places")
+# (b,), whole on every rank: length (tokens before the padding), next_sentence, pair_weights, samples (dropout's keys; in training alone)

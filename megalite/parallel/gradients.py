@@ -1,0 +1,109 @@
+"""From what ZeRO reduced to an update the whole mesh agrees on: sums that ZeRO knows nothing of, the norm, clipping, fp16's loss scale.
+
+In: the pieces of this rank between DeepSpeed's reduction and its optimizer.  Out: their gradients, complete and clipped, in place, and
+the norm of the whole mesh. Every decision, to clip and to skip, is taken from that one number, so all ranks take the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.errors import UserError
+from megalite.mesh import Mesh
+from megalite.parallel.pieces import Piece
+
+
+@dataclass
+class LossScale:
+    """fp16's factor on the loss, so that small gradients do not vanish: halved when one overflows, doubled after `patience` good steps.
+
+    Micikevicius et al. 2017, arXiv:1710.03740, section 3.2; the numbers are those of torch.amp.GradScaler. Scaled once, where the loss
+    is; the factor travels back through the stages with the gradients.
+    """
+
+    value: float = 2.0**16
+    good_steps: int = 0
+    skipped: int = 0
+    patience: int = 2000
+
+    def update(self, *, overflow: bool) -> None:
+        """After every step. Raises UserError where even a scale of 1 overflows."""
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        self.skipped += overflow
+        if overflow:
+            self.value /= 2
+            if self.value < 1:
+                raise UserError("gradients overflow in fp16 even without a loss scale; use train.precision = bf16, or lower optimizer.lr")
+        elif self.good_steps == self.patience:
+            self.value, self.good_steps = self.value * 2, 0
+
+
+def complete(pieces: list[Piece], mesh: Mesh, *, replicated: bool, partial: bool, uneven: bool) -> None:
+    """Add up what several ranks have parts of and ZeRO does not reduce, in place.
+
+    replicated (ZeRO 0): over the copies of the model, their mean. Tied weights: over both ends of the pipeline. partial (sequence
+    parallelism): what tensor-parallel ranks hold as copies. uneven: shards differ in size, so copies must be kept equal, see `_align`.
+    """
+    if replicated and mesh.num_copies > 1:
+        _average([_gradient(piece) for piece in pieces], mesh.group("copies"))
+    for piece in pieces:
+        if piece.tied and mesh.pp > 1:
+            dist.all_reduce(piece.gradient, group=mesh.group("ends"))
+    whole = [_gradient(piece) for piece in pieces if piece.cut.dim is None]
+    if partial and whole:
+        flat = torch.cat(whole)
+        dist.all_reduce(flat, group=mesh.group("tp"))
+        _put(flat, whole)
+    elif uneven and whole:
+        _align(whole, mesh.group("tp"))
+
+
+def norm(pieces: list[Piece], mesh: Mesh) -> float:
+    """Of the gradients of the whole mesh, every logical element once; not finite where one of them is not."""
+    total = torch.zeros((), dtype=torch.float64 if mesh.device.type == "cpu" else torch.float32, device=mesh.device)
+    for piece in pieces:
+        if piece.first:
+            total += torch.linalg.vector_norm(_gradient(piece), dtype=torch.float32).to(total.device, total.dtype) ** 2
+    dist.all_reduce(total)
+    return math.sqrt(total.item())
+
+
+def multiply(pieces: list[Piece], factor: float) -> None:
+    for piece in pieces:
+        _gradient(piece).mul_(factor)
+
+
+def _gradient(piece: Piece) -> Tensor:
+    assert piece.gradient is not None, f"no gradient of {piece.cut.name}"
+    return piece.gradient
+
+
+def _align(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Give every tensor-parallel rank the first one's gradients of what they hold as copies.
+
+    Where shards differ in size, a copy lies at another place of the reduction's buffer on every rank, a ring adds up its dp terms in
+    another order there, and the last bits differ; copies would drift apart. Shards of one size are added up alike.
+    """
+    flat = torch.cat(gradients)
+    dist.broadcast(flat, src=dist.get_global_rank(group, 0), group=group)
+    _put(flat, gradients)
+
+
+def _put(flat: Tensor, gradients: list[Tensor]) -> None:
+    for gradient, value in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(value)
+
+
+def _average(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Mean over the group, all transfers in flight at once."""
+    works = [dist.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]
+    for work in works:
+        if work is not None:
+            work.wait()
+    for gradient in gradients:
+        gradient.div_(dist.get_world_size(group))
