@@ -18,11 +18,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from megalite.errors import UserError
 from megalite.upkeep import Checkpoint, Section, Watch
 
+CHUNKED = ("interleaved", "looped")  # schedules under which a rank holds several chunks of layers
+SPLIT_BACKWARD = ("zerobubble", "zbv", "dualpipev")  # torch has them too
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -149,10 +160,11 @@ class Train(Section):
     """Sequences a rank takes at once; global_batch / (dp x micro_batch) microbatches make a step."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Type of weights and activations; master weights and moments are always fp32. fp16 scales the loss, dynamically."""
-    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
-    """Order of the microbatches in the pipeline; interleaved: 1f1b with several chunks of layers a rank, which shortens the bubble."""
+    schedule: Literal["1f1b", "gpipe", "interleaved", "looped"] = "1f1b"
+    """Order of the microbatches in the pipeline; interleaved: 1f1b with several chunks of layers a rank, which shortens the bubble; looped:
+    gpipe with several chunks, breadth first, so that ZeRO-3 gathers a chunk's weights once for all microbatches, for more memory."""
     chunks: PositiveInt | None = None
-    """Chunks of layers a rank holds under the interleaved schedule; left out: 2."""
+    """Chunks of layers a rank holds under the interleaved and looped schedules; left out: 2."""
     reduce: Literal["microbatch", "step"] | None = None
     """ZeRO-2 and 3 reduce gradients after every microbatch (they stay sharded; the default) or once a step (less traffic, more memory)."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -164,6 +176,16 @@ class Train(Section):
     """Tensor-parallel ranks split the sequence between the cut matrix products too: norms, dropout and what they keep."""
     clip: NonNegativeFloat = 1.0
     """Largest gradient norm over the whole mesh; 0 switches clipping off."""
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _refuse_what_splits_the_backward_pass(cls, schedule: Any) -> Any:
+        if str(schedule).lower() in SPLIT_BACKWARD:
+            raise UserError(
+                f"train.schedule = {schedule} computes the gradients of weights apart from those of activations, but DeepSpeed reduces and "
+                "frees a gradient in the backward pass that makes it; use interleaved, or looped"
+            )
+        return schedule
 
 
 class Optimizer(Section):
@@ -220,7 +242,7 @@ class Config(Section):
     @property
     def num_chunks(self) -> int:
         """Chunks of layers a rank holds."""
-        return (self.train.chunks or 2) if self.train.schedule == "interleaved" else 1
+        return (self.train.chunks or 2) if self.train.schedule in CHUNKED else 1
 
     @property
     def sequence(self) -> int:

@@ -38,17 +38,12 @@ PASSED = (  # and those that are handed on as they are
     "memory_breakdown",
     "dump_state",
 )
-UNPROVED = (  # keys of zero_optimization that change what is computed or where, and that no parity test covers yet
-    "offload_optimizer",
-    "offload_param",
-    "cpu_offload",
-    "cpu_offload_param",
-    "zenflow",
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-)
+REFUSED = {  # keys of zero_optimization that change what is computed, or where, in a way that no parity test covers
+    "cpu_offload": "is DeepSpeed's old name; write offload_optimizer: {device: cpu}",
+    "cpu_offload_param": "is DeepSpeed's old name; write offload_param: {device: cpu}",
+    "zenflow": "updates weights with gradients of earlier steps, which no other layout computes; take it out",
+    "zero_quantized_nontrainable_weights": "is for weights that are not trained, and here all are; take it out",
+}
 
 
 def read_document(config: Config) -> dict[str, Any]:
@@ -102,11 +97,11 @@ def _check_zero(config: Config, document: dict[str, Any], path: Path) -> None:
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage = {json.dumps(stage)}, but ZeRO has stages 0 to 3; choose one of them")
-    for key in UNPROVED:
-        value = zero.get(key)
-        off = not value or (key == "zero_hpz_partition_size" and value == 1) or (isinstance(value, dict) and value.get("device") == "none")
-        if not off:
-            raise UserError(f"{path}: zero_optimization.{key} is not proved equal to one process under a mesh yet; take it out")
+    for key, reason in REFUSED.items():
+        if zero.get(key):
+            raise UserError(f"{path}: zero_optimization.{key} {reason}")
+    _check_offload(zero, stage, path)
+    _check_zeropp(config, zero, stage, path)
     train = config.train
     if stage < 2 and train.reduce == "microbatch":
         raise UserError(f"train.reduce = microbatch, but ZeRO-{stage} reduces once a step; leave train.reduce out or use ZeRO-2 or 3")
@@ -114,4 +109,40 @@ def _check_zero(config: Config, document: dict[str, Any], path: Path) -> None:
         raise UserError(
             f"train.reduce = step would sum the microbatches' gradients in {train.precision}, where small ones are lost; "
             "use train.reduce = microbatch, which sums them in fp32"
+        )
+
+
+def _check_offload(zero: dict[str, Any], stage: int, path: Path) -> None:
+    for key, devices, least in (("offload_optimizer", ("none", "cpu", "nvme"), 1), ("offload_param", ("none", "cpu"), 3)):
+        offload = zero.get(key) or {}
+        device = offload.get("device", "none") if isinstance(offload, dict) else offload
+        if device not in devices:
+            hint = ", since weights on a disk would be read for every microbatch" if key == "offload_param" and device == "nvme" else ""
+            raise UserError(f"{path}: {key}.device = {json.dumps(device)}, but it is one of {', '.join(devices)}{hint}; choose one of them")
+        if device != "none" and stage < least:
+            raise UserError(f"{path}: {key} needs ZeRO-{least} or more, but zero_optimization.stage = {stage}; raise the stage")
+        if device == "nvme" and not isinstance(offload.get("nvme_path"), str):
+            raise UserError(f"{path}: {key}.device = nvme needs {key}.nvme_path, a folder on a local disk of every node")
+        if offload and offload.get("ratio", 1.0) != 1.0:
+            raise UserError(f"{path}: {key}.ratio = {offload['ratio']}, but a part of an optimizer is not offloaded here; take ratio out")
+
+
+def _check_zeropp(config: Config, zero: dict[str, Any], stage: int, path: Path) -> None:
+    """ZeRO++ (Wang et al. 2023, arXiv:2306.10209): hpZ is a size, qwZ and qgZ are switches that need a GPU (see `parallel/zero.py`)."""
+    mesh, size = config.mesh, zero.get("zero_hpz_partition_size", 1)
+    asked = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
+    if (asked or size != 1) and stage != 3:
+        key = asked[0] if asked else "zero_hpz_partition_size"
+        raise UserError(f"{path}: {key} is part of ZeRO++, which needs ZeRO-3, but zero_optimization.stage = {stage}; raise the stage")
+    if type(size) is not int or size < 1:
+        raise UserError(f"{path}: zero_hpz_partition_size = {json.dumps(size)}, but it is a number of ranks, 1 or more")
+    if mesh.dp and (mesh.dp * mesh.cp) % size:
+        raise UserError(
+            f"{path}: zero_hpz_partition_size = {size} does not divide mesh.dp x mesh.cp = {mesh.dp} x {mesh.cp}, the ranks that share "
+            f"weights; choose a divisor of {mesh.dp * mesh.cp}"
+        )
+    if "zero_quantized_gradients" in asked and mesh.pp * mesh.tp > 1:
+        raise UserError(
+            f"{path}: zero_quantized_gradients with mesh.pp x mesh.tp = {mesh.pp} x {mesh.tp}, but DeepSpeed 0.19.8 exchanges quantized "
+            "gradients between neighbours of the whole world, which hold other weights then; use mesh.pp 1 and mesh.tp 1 or take it out"
         )

@@ -24,7 +24,7 @@ from megalite.config import Config
 from megalite.mesh import Mesh
 from megalite.models import counts
 from megalite.models.batch import HIDDEN, TOKENS
-from megalite.parallel import stages, tensor, zero
+from megalite.parallel import mends, stages, tensor, zero
 from megalite.parallel.context import share as share_sequence
 from megalite.parallel.gradients import LossScale
 from megalite.parallel.pipeline import Batch, Pipeline
@@ -83,11 +83,13 @@ class Engine:
         self.dtype = DTYPES[config.train.precision]
         self.dropout = config.model.dropout > 0 or config.model.attention_dropout > 0
         self.num_microbatches = config.train.global_batch // (mesh.dp * config.train.micro_batch)
-        zero.start()
+        mends.start()
         stage = document.get("zero_optimization", {}).get("stage", 0)
         configuration = zero.settings(
             document, precision=config.train.precision, micro_batch=config.train.micro_batch, reduce=config.train.reduce or "microbatch"
         )
+        if (size := configuration["zero_optimization"].get("zero_hpz_partition_size", 1)) > 1:
+            mends.open_secondary_groups(mesh, size)
         module = self._build(shard=stage == 3, configuration=configuration)
         tied = {name for pair in models.tied(config.model).items() for name in pair}
         self.zero = zero.Zero(
@@ -98,6 +100,7 @@ class Engine:
             optimizer=self._optimizer(module, tied),
             tied=tied,
             sequence_parallel=config.train.sequence_parallel,
+            folder=zero.offload_folder(document),
         )
         rows = (config.train.micro_batch, config.sequence // math.prod(config.sequence_parts.values()))
         self.pipeline = Pipeline(

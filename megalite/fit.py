@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from megalite.config import Config
+from megalite.config import CHUNKED, Config
 from megalite.errors import UserError
 
 
@@ -48,12 +48,13 @@ def _check_heads(config: Config) -> None:
 
 def _check_stages(config: Config) -> None:
     mesh, model, train = config.mesh, config.model, config.train
-    if train.chunks and train.schedule != "interleaved":
+    if train.chunks and train.schedule not in CHUNKED:
         raise UserError(
-            f"train.chunks = {train.chunks} is for train.schedule = interleaved, this one is {train.schedule}; leave one of them out"
+            f"train.chunks = {train.chunks} is for train.schedule = {' or '.join(CHUNKED)}, this one is {train.schedule}; "
+            "leave one of them out"
         )
-    if train.schedule == "interleaved" and mesh.pp == 1:
-        raise UserError("train.schedule = interleaved needs several stages, but mesh.pp = 1; raise mesh.pp or use 1f1b")
+    if train.schedule in CHUNKED and mesh.pp == 1:
+        raise UserError(f"train.schedule = {train.schedule} needs several stages, but mesh.pp = 1; raise mesh.pp or use 1f1b")
     if train.recompute_layers and train.recompute == "none":
         raise UserError(f"train.recompute_layers = {train.recompute_layers} is of no use with train.recompute = none; set train.recompute")
     needed, there = mesh.pp * config.num_chunks, model.layers + 2

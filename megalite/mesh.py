@@ -82,21 +82,27 @@ class Mesh:
         world = dist.get_world_size()
         assert world == dp * pp * cp * tp, f"{world} ranks cannot be {dp} x {pp} x {cp} x {tp}"
         mesh = cls(dp=dp, pp=pp, cp=cp, tp=tp, rank=dist.get_rank(), device=device)
+        opened: dict[str, dist.ProcessGroup | None] = {}
         for name, lines in (
+            ("alone", mesh.lines()),
             *((axis, mesh.lines(axis)) for axis in AXES),
             ("copies", mesh.lines("dp", "cp")),
             ("ends", _ends(mesh)),
-            ("alone", mesh.lines()),
         ):
-            mesh._open(name, lines)
+            if str(lines) not in opened:  # many axes of 1 are the same groups; each costs a rendezvous, on GPUs a communicator
+                opened[str(lines)] = mesh._open(lines)
+            if (group := opened[str(lines)]) is not None:
+                mesh.groups[name] = group
         return mesh
 
-    def _open(self, name: str, lines: Sequence[Sequence[int]]) -> None:
+    def _open(self, lines: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+        found = None
         for line in lines:  # every rank takes part in the creation of every group, in the same order
             group = dist.new_group(list(line))
             if self.rank in line:
                 assert isinstance(group, dist.ProcessGroup)
-                self.groups[name] = group
+                found = group
+        return found
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The process group this rank belongs to along `axis`."""

@@ -6,12 +6,14 @@ what to do next.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -37,8 +39,8 @@ UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: "try again later", for whoever req
 def pretrain(config: Config, *, command: str) -> None:
     """Prepare if need be, train what is left, report."""
     quiet_foreign()
-    resolve_mesh(config, launch.count_ranks(config))
-    read_document(config)  # preparing a corpus takes minutes: what is wrong is said before
+    config = resolve_mesh(config, launch.count_ranks(config))
+    document = read_document(config)  # preparing a corpus takes minutes: what is wrong is said before
     if launch.stands_alone():
         prepare_corpus(config)
     config = complete(config)
@@ -49,13 +51,20 @@ def pretrain(config: Config, *, command: str) -> None:
             if launch.is_rank_zero():
                 _print(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
         else:
-            stopped = launch.start(config, _train, warm=("megalite.train", "torch.utils.tensorboard"))
+            warm = ("megalite.train", "torch.utils.tensorboard", functools.partial(_check, document))
+            stopped = launch.start(config, _train, warm=warm)
             if stopped:
                 if launch.is_rank_zero():
                     _print(f"{stopped}: saved, and ended with exit code {UNFINISHED}; the same command goes on from there")
                 raise SystemExit(UNFINISHED)
     if launch.is_rank_zero():
         report(config, command=command)
+
+
+def _check(document: dict[str, Any]) -> None:
+    from megalite.parallel import zero
+
+    zero.check(document)
 
 
 def _train(config: Config, rank: int) -> str | None:

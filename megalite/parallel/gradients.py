@@ -47,20 +47,20 @@ def complete(pieces: list[Piece], mesh: Mesh, *, replicated: bool, partial: bool
     """Add up what several ranks have parts of and ZeRO does not reduce, in place.
 
     replicated (ZeRO 0): over the copies of the model, their mean. Tied weights: over both ends of the pipeline. partial (sequence
-    parallelism): what tensor-parallel ranks hold as copies. uneven: shards differ in size, so copies must be kept equal, see `_align`.
+    parallelism): what tensor-parallel ranks hold as copies. uneven: shards differ in size, so copies must be kept equal.
     """
     if replicated and mesh.num_copies > 1:
         _average([_gradient(piece) for piece in pieces], mesh.group("copies"))
-    for piece in pieces:
-        if piece.tied and mesh.pp > 1:
-            dist.all_reduce(piece.gradient, group=mesh.group("ends"))
+    tied = [_gradient(piece) for piece in pieces if piece.tied]
+    if tied and mesh.pp > 1:
+        flat = torch.cat(tied).to(mesh.device)  # offloaded ones come from the host
+        dist.all_reduce(flat, group=mesh.group("ends"))
+        _put(flat, tied)
     whole = [_gradient(piece) for piece in pieces if piece.cut.dim is None]
-    if partial and whole:
-        flat = torch.cat(whole)
-        dist.all_reduce(flat, group=mesh.group("tp"))
+    if (partial or uneven) and whole:
+        flat = torch.cat(whole).to(mesh.device)
+        _sum_or_align(flat, mesh.group("tp"), partial=partial)
         _put(flat, whole)
-    elif uneven and whole:
-        _align(whole, mesh.group("tp"))
 
 
 def norm(pieces: list[Piece], mesh: Mesh) -> float:
@@ -83,15 +83,16 @@ def _gradient(piece: Piece) -> Tensor:
     return piece.gradient
 
 
-def _align(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Give every tensor-parallel rank the first one's gradients of what they hold as copies.
+def _sum_or_align(flat: Tensor, group: dist.ProcessGroup, *, partial: bool) -> None:
+    """Give every tensor-parallel rank the same gradients of what they hold as copies: the sum of their parts, or the first one's.
 
-    Where shards differ in size, a copy lies at another place of the reduction's buffer on every rank, a ring adds up its dp terms in
-    another order there, and the last bits differ; copies would drift apart. Shards of one size are added up alike.
+    Without parts they are equal already but for their last bits, where shards differ in size: a copy lies at another place of the
+    reduction's buffer on every rank then, a ring adds up its dp terms in another order there, and copies would drift apart.
     """
-    flat = torch.cat(gradients)
-    dist.broadcast(flat, src=dist.get_global_rank(group, 0), group=group)
-    _put(flat, gradients)
+    if partial:
+        dist.all_reduce(flat, group=group)
+    else:
+        dist.broadcast(flat, src=dist.get_global_rank(group, 0), group=group)
 
 
 def _put(flat: Tensor, gradients: list[Tensor]) -> None:

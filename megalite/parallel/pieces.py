@@ -10,6 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from megalite.layout import Cut
 from megalite.mesh import Mesh
+from megalite.parallel import disk
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -27,8 +30,9 @@ class Piece:
     """Elements [start, start + master.numel()) of one flattened local shard, as this rank owns them. All tensors are views, 1-D.
 
     `moments` are AdamW's exp_avg and exp_avg_sq, fp32 like the master weight; `gradient` is there only between the reduction and
-    the update. Where several ranks hold the same elements, `first` is true on one of them: tp copies on tp rank 0, tied copies on the
-    first stage, dp and cp copies (ZeRO 0) on the first of these ranks. The norm counts and a checkpoint stores what is first.
+    the update (offloaded: always, but it means something only then). Where several ranks hold the same elements, `first` is true on
+    one of them: tp copies on tp rank 0, tied copies on the first stage, dp and cp copies (ZeRO 0) on the first of these ranks. The norm
+    counts and a checkpoint stores what is first.
     """
 
     cut: Cut
@@ -41,14 +45,22 @@ class Piece:
 
 
 class Owned(ABC):
-    """The pieces of one rank; `tied` names weights that lie on the first and on the last stage, `replicated` is ZeRO 0."""
+    """The pieces of one rank; `tied` names weights that lie on the first and on the last stage, `replicated` is ZeRO 0.
 
-    def __init__(self, inner: Any, *, mesh: Mesh, tied: set[str], replicated: bool) -> None:
+    folder: what the optimizer keeps goes there, see disk.py.
+    """
+
+    def __init__(self, inner: Any, *, mesh: Mesh, tied: set[str], replicated: bool, folder: Path | None = None) -> None:
         self.inner, self.mesh, self.tied, self.replicated = inner, mesh, tied, replicated
         for flat in self.flats():  # from the start, so that a checkpoint can be read into them in place
             state = self.inner.optimizer.state[flat]
+            if folder is not None:
+                disk.move(flat, folder)
+                assert flat.grad is not None, "DeepSpeed holds offloaded gradients beside the weights"
+                disk.move(flat.grad, folder)
             if "exp_avg" not in state:
-                state.update(step=torch.zeros((), device=flat.device), **{name: torch.zeros_like(flat) for name in MOMENTS})
+                zeros = torch.zeros_like if folder is None else partial(disk.zeros_like, folder=folder)
+                state.update(step=torch.zeros((), device=flat.device), **{name: zeros(flat) for name in MOMENTS})
 
     @abstractmethod
     def flats(self) -> list[Tensor]:
@@ -70,6 +82,11 @@ class Owned(ABC):
         for flat in self.flats():
             self.inner.optimizer.state[flat]["step"] = torch.full((), float(steps), device=flat.device)
         self.renew()
+
+    def _offloaded(self, index: int, place: range) -> Tensor | None:
+        """The gradient of a part of a buffer, where it lies beside the buffer in host memory; None where nothing is offloaded."""
+        gradient = self.flats()[index].grad
+        return None if gradient is None else gradient[place.start : place.stop]
 
     def _piece(self, parameter: nn.Parameter, start: int, flat: Tensor, place: range, gradient: Tensor | None) -> Piece:
         state, mesh = self.inner.optimizer.state[flat], self.mesh
@@ -107,7 +124,9 @@ class Flat(Owned):
             for number, parameter in enumerate(owned):
                 local, here = parameter._hp_mapping.lp_fragment_address, parameter._hp_mapping.get_hp_fragment_address()
                 place = range(here.start, here.start + here.numel)
-                yield self._piece(parameter, local.start, self.flats()[index], place, found[number] if averaged else None)
+                gradient = self._offloaded(index, place)  # goes before: DeepSpeed may keep what it summed besides, and update with this
+                gradient = found[number] if gradient is None and averaged else gradient
+                yield self._piece(parameter, local.start, self.flats()[index], place, gradient)
 
     def renew(self) -> None:
         self.inner.update_lp_params()
@@ -129,11 +148,14 @@ class Sharded(Owned):
                 size = min(length, parameter.ds_numel - start)
                 if size:
                     place = range(offset, offset + size)
-                    yield self._piece(parameter, start, self.flats()[index], place, gradients[number] if gradients else None)
+                    gradient = self._offloaded(index, place)
+                    gradient = gradients[number] if gradient is None and gradients else gradient
+                    yield self._piece(parameter, start, self.flats()[index], place, gradient)
                 offset += length
 
     def renew(self) -> None:
         self.inner.parameter_offload.partition_all_parameters()
+        self.inner.invalidate_secondary_tensor()  # ZeRO++'s copies within a node
         for parameters, flat in zip(self.inner.fp16_groups, self.flats(), strict=True):
             offset = 0
             for parameter in parameters:

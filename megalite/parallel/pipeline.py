@@ -4,7 +4,8 @@ In: a `Zero` around this rank's layers, the microbatches.  Out: the losses on th
 Every stage reads its own ids, labels and masks, so one tensor travels between stages: the hidden state. One stage is a pipeline of
 one, by the same path.
 
-GPipe: Huang et al. 2018, arXiv:1811.06965. 1F1B and interleaved 1F1B with flushes: Narayanan et al. 2021, arXiv:2104.04473.
+GPipe: Huang et al. 2018, arXiv:1811.06965. 1F1B and interleaved 1F1B with flushes: Narayanan et al. 2021, arXiv:2104.04473. Looped,
+breadth first: Lamy-Poirier 2022, arXiv:2211.05953.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleLoopedBFS
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
 from megalite.mesh import Mesh
 from megalite.parallel.zero import Zero
 
 Batch = dict[str, Tensor]
-SCHEDULES: dict[str, Any] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, "interleaved": ScheduleInterleaved1F1B}
+SCHEDULES: dict[str, Any] = {
+    "1f1b": Schedule1F1B,
+    "gpipe": ScheduleGPipe,
+    "interleaved": ScheduleInterleaved1F1B,
+    "looped": ScheduleLoopedBFS,
+}
 
 
 class _Stage(PipelineStage):

@@ -4,25 +4,23 @@ In: this rank's layers, its mesh, the DeepSpeed JSON.  Out: `backward` for one m
 `pieces` (see pieces.py): what this rank owns of every parameter. The norm, clipping, the sum of tied gradients, checkpoints and the
 tests all read pieces, so they are the same for every stage.
 
-ZeRO: Rajbhandari et al. 2019, arXiv:1910.02054. What DeepSpeed 0.19.8 needs to do this under a pipeline is in docs/design/zero.md;
-the mends below carry the version they were seen in, and tests/ranks/test_zero_mends.py fails when one is no longer needed.
+ZeRO: Rajbhandari et al. 2019, arXiv:1910.02054. What DeepSpeed 0.19.8 needs to do this under a pipeline is in mends.py and, where it is a
+matter of how it is called, below; docs/design/zero.md tells how it was found.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import deepspeed.runtime.superoffload.superoffload_stage3
-import deepspeed.runtime.zero.linear as zero_linear
 import deepspeed.runtime.zero.muon.original_muon
-import deepspeed.runtime.zero.partition_parameters as zero_partition
 import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
-import deepspeed.runtime.zero.stage3 as zero_stage3
+import deepspeed.utils.groups as zero_groups
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -33,7 +31,7 @@ from torch import Tensor, nn
 from megalite.config import suggest
 from megalite.errors import UserError
 from megalite.mesh import Mesh
-from megalite.parallel import gradients
+from megalite.parallel import gradients, mends
 from megalite.parallel.pieces import Flat, Piece, Sharded
 
 
@@ -44,11 +42,13 @@ def settings(document: dict[str, Any], *, precision: str, micro_batch: int, redu
     """
     zero = dict(document.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
+    check(document)
+    if offload_folder(document):
+        zero["offload_optimizer"] = {"device": "cpu"}  # to DeepSpeed host memory, whose pages lie in files, see disk.py
     # DeepSpeed 0.19.8 routes bf16 ZeRO-1 with fp32 accumulation to another optimizer, which accumulates and clips by itself, and adds up
     # fp16 gradients in fp16; ZeRO-2 accumulates the same gradients in fp32, sharded. ZeRO 0 is ZeRO-2 over a group of one: DeepSpeed's
     # own reports a norm of 0.
     engine_stage = 2 if stage == 0 or (stage == 1 and precision != "fp32") else stage
-    _check_keys(zero)
     owned = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
@@ -59,13 +59,21 @@ def settings(document: dict[str, Any], *, precision: str, micro_batch: int, redu
         "fp16": {"enabled": precision == "fp16", "loss_scale": 1.0},  # the scale is ours: DeepSpeed's would multiply once a stage
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host too, and needs no compiler there
         "zero_optimization": {**zero, "stage": engine_stage},
     }
     return {**document, **owned}
 
 
-def _check_keys(zero: dict[str, Any]) -> None:
-    """Raises UserError for a key or value that DeepSpeed's zero_optimization does not know."""
+def offload_folder(document: dict[str, Any]) -> Path | None:
+    """Where on a local disk the optimizer's state goes, if the JSON says so."""
+    offload = document.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return Path(offload["nvme_path"]) if offload.get("device") == "nvme" else None
+
+
+def check(document: dict[str, Any]) -> None:
+    """Raises UserError for a key or value of zero_optimization that DeepSpeed does not know, or that this machine cannot do."""
+    zero = document.get("zero_optimization", {})
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
@@ -78,6 +86,9 @@ def _check_keys(zero: dict[str, Any]) -> None:
                 wrong = f"is unknown to DeepSpeed{suggest(key, known)}"
             found.append(f"zero_optimization.{key} {wrong}")
         raise UserError("; ".join(found)) from None
+    quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
+    if quantized and get_accelerator().device_name() == "cpu":  # type: ignore[union-attr]
+        raise UserError(f"zero_optimization.{quantized[0]} needs a GPU, for which DeepSpeed compiles its quantizer; take it out")
 
 
 class _Axes:
@@ -112,54 +123,15 @@ class _Axes:
 def shard(layer: nn.Module, *, configuration: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> None:
     """Replace the parameters of a layer that was just built by this rank's ZeRO-3 partition of them, in place."""
     group = mesh.group("copies")
-    _scope_trace_checks(group)
-    deepspeed.zero.Init(module=layer, data_parallel_group=group, config_dict_or_path=configuration, dtype=dtype, mpu=_Axes(mesh, group))
-
-
-def start() -> None:
-    """Let DeepSpeed join the running torch.distributed world.
-
-    On a CPU DeepSpeed 0.19.8 would first compile a shared-memory all-reduce for inference, which needs a compiler and half a minute and
-    is never called here.
-    """
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    _add_biases_out_of_place()
-    accelerator: Any = get_accelerator()
-    if accelerator.device_name() == "cpu":
-        # 0.19.8 takes "oneDNN has no fast fp16 here" for "torch cannot compute in fp16"; slow will do for proofs and trials
-        accelerator.is_fp16_supported = lambda: True
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-
-
-def _add_biases_out_of_place() -> None:
-    """Under ZeRO-3, DeepSpeed's own linear does the product and then adds the bias to it in place.
-
-    Selective recomputation keeps the product; with DeepSpeed 0.19.8 the bias was in it already when it was added again, and nothing
-    complained.
-    """
-
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if bias is None:
-            return input.matmul(weight.t())
-        return torch.addmm(bias, input.flatten(0, -2), weight.t()).view(*input.shape[:-1], -1)
-
-    zero_linear.LinearFunctionForZeroStage3.forward = staticmethod(forward)
-
-
-def _scope_trace_checks(group: dist.ProcessGroup) -> None:
-    """ZeRO-3 checks that every rank of the WORLD walks the same modules; under a pipeline only the ranks of a stage do.
-
-    Unmended (DeepSpeed 0.19.8), the first forward hangs until the collective's timeout.
-    """
-
-    def same_on_this_stage(ints: list[int]) -> None:
-        seen: list[list[int] | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(seen, list(ints), group=group)
-        if any(other != seen[0] for other in seen):
-            raise RuntimeError("the ranks of this stage walk different modules")
-
-    for module in (zero_coordinator, zero_stage3, zero_partition):
-        module.assert_ints_same_as_other_ranks = same_on_this_stage  # type: ignore[attr-defined]
+    mends.scope_trace_checks(group)
+    deepspeed.zero.Init(
+        module=layer,
+        data_parallel_group=group,
+        zero_param_parallel_group=zero_groups._get_zero_param_intra_parallel_group(),
+        config_dict_or_path=configuration,
+        dtype=dtype,
+        mpu=_Axes(mesh, group),
+    )
 
 
 class Zero:
@@ -178,11 +150,13 @@ class Zero:
         optimizer: torch.optim.Optimizer,
         tied: set[str],
         sequence_parallel: bool = False,
+        folder: Path | None = None,
     ) -> None:
+        """`folder`: on a local disk, for what the optimizer keeps; None leaves it in memory."""
         self.mesh, self.zero_stage = mesh, zero_stage
         self.partial = sequence_parallel  # gradients of what tensor-parallel ranks hold as copies come in parts
         group = mesh.group("alone" if zero_stage == 0 else "copies")
-        _scope_trace_checks(group)
+        mends.scope_trace_checks(group)
         self.engine, *_ = deepspeed.initialize(
             model=stage, optimizer=optimizer, mpu=_Axes(mesh, group), config=configuration, dist_init_required=False
         )
@@ -190,7 +164,7 @@ class Zero:
         self.sharded = zero_stage == 3
         self.once = bool(configuration["managed_gradient_accumulation"])
         self.before_update: Callable[[list[Piece]], None] | None = None
-        self.owned = (Sharded if self.sharded else Flat)(self.inner, mesh=mesh, tied=tied, replicated=zero_stage == 0)
+        self.owned = (Sharded if self.sharded else Flat)(self.inner, mesh=mesh, tied=tied, replicated=zero_stage == 0, folder=folder)
         cuts = [parameter.cut for parameter in stage.parameters()]  # type: ignore[attr-defined]
         self.uneven = mesh.tp > 1 and any(part % mesh.tp for cut in cuts for part in cut.parts)
         self.scale = gradients.LossScale() if configuration["fp16"]["enabled"] else None
@@ -211,6 +185,7 @@ class Zero:
             # The trace is taken over the whole optimizer step instead (see `step`): weights stay gathered between neighbouring
             # uses and prefetching works.
             self.inner.parameter_offload.fwd_pre_hook.remove()
+            mends.release_after_every_backward(stage, self.inner.parameter_offload)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -243,16 +218,15 @@ class Zero:
             yield
             return
         coordinator = self._coordinator()
-        prefix = "_PartitionedParameterCoordinator__"
         coordinator.reset_step()  # ends the recording of the step before, if there was one
-        kept = {name: getattr(coordinator, prefix + name) for name in ("trace_mode", "submodule_order", "param_order")}
-        setattr(coordinator, prefix + "trace_mode", zero_coordinator.ZeRoTraceMode.INVALID)
+        kept = {name: getattr(coordinator, mends.PRIVATE + name) for name in ("trace_mode", "submodule_order", "param_order")}
+        setattr(coordinator, mends.PRIVATE + "trace_mode", zero_coordinator.ZeRoTraceMode.INVALID)
         coordinator._clear_trace_structures()
         try:
             yield
         finally:
             for name, value in kept.items():
-                setattr(coordinator, prefix + name, value)
+                setattr(coordinator, mends.PRIVATE + name, value)
             self.inner.parameter_offload.partition_all_parameters()
 
     def _coordinator(self) -> Any:

@@ -112,7 +112,13 @@ def reference(config: Config, *, steps: int) -> list[Step]:
 def on_mesh(config: Config, document: dict[str, Any], *, steps: int, plant: Callable[[], None] | None = None) -> list[Answer]:
     """The same steps on forked ranks of config.mesh; `plant` runs on every rank first and may break something, for tests."""
     work = functools.partial(train_rank, config=config, document=document, steps=steps, plant=plant)
-    return launch.run_ranks(config.mesh.world, work, warm=("megalite.engine",))
+    return launch.run_ranks(config.mesh.world, work, warm=("megalite.engine", functools.partial(_check, document)))
+
+
+def _check(document: dict[str, Any]) -> None:
+    from megalite.parallel import zero  # DeepSpeed takes seconds to import
+
+    zero.check(document)
 
 
 def train_rank(
@@ -162,10 +168,13 @@ def _whole_parameters(engine: Any) -> Iterable[Any]:
 
 
 def _held(engine: Any, pieces: list[Any]) -> int:
-    """Bytes of weights, gradients, master weights and moments this rank holds between reduction and update, each storage once."""
+    """Bytes of weights, gradients, master weights and moments this rank holds between reduction and update, each storage once.
+
+    With ZeRO-3 the weights that are gathered at this moment count too.
+    """
     tensors: list[Tensor] = []
     for parameter in _whole_parameters(engine):
-        tensors += [parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data]
+        tensors += [parameter.data, *([parameter.ds_tensor] if hasattr(parameter, "ds_tensor") else [])]
         tensors += [parameter.grad] if parameter.grad is not None else []
     for piece in pieces:
         tensors += [piece.master, piece.gradient, *piece.moments.values()]

@@ -97,6 +97,22 @@ def expected(config: Config, stage: int, parameters: list[int], whole: list[int]
     return {kind: (size, most.get(kind, size)) for kind, size in sent.items()}
 
 
+def memory(config: Config, stage: int, parameters: int) -> tuple[float, float]:
+    """Least and most bytes a rank holds of weights, gradients, master weights and moments; `parameters`: of its stage, cut by tp.
+
+    w bytes a weight, 4 a gradient, 12 for the fp32 weight and both moments (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1, but
+    gradients are summed in fp32), each divided by the ranks that share it. ZeRO-3: from no weight gathered to all of them. ZeRO-1 in
+    fp32: from the gradients that this rank updates with to all of them.
+    """
+    width, shared = _width(config), parameters / _copies(config)
+    if stage == 0:
+        return (width + 16.0) * parameters, (width + 16.0) * parameters
+    least = 16 * shared + width * (shared if stage == 3 else parameters)
+    if stage == 3:
+        return least, least + width * parameters
+    return least, least + 4 * (parameters - shared) if stage == 1 and config.train.precision == "fp32" else least
+
+
 def _copies(config: Config) -> int:
     return (config.mesh.dp or 1) * config.mesh.cp
 

@@ -25,7 +25,7 @@ from megalite.fit import resolve_mesh
 from megalite.log import open_console, quiet_foreign
 from megalite.tune.parity import Answer, Step, assemble, difference, on_mesh, reference
 from megalite.tune.shrink import shrink
-from megalite.tune.traffic import KINDS, expected
+from megalite.tune.traffic import KINDS, expected, memory
 
 STEPS = 3
 TOLERANCE = 1e-5
@@ -141,9 +141,11 @@ def _traffic_table(config: Config, stage: int, answers: list[Answer]) -> Table:
     wanted = expected(config, stage, [answer.parameters for answer in answers], [answer.whole for answer in answers])
     table = Table("sent a step, all ranks", "KiB", "textbook", title=None)
     for kind in KINDS:
-        least, most = wanted[kind]
-        textbook = f"{least / 1024:.1f}" if least == most else f"{least / 1024:.1f} to {most / 1024:.1f}"
-        table.add_row(kind, f"{sent[kind] / 1024:.1f}", textbook)
-    held = max(answer.held for answer in answers)
-    table.add_row("held by a rank (weights, gradients, AdamW)", f"{held / 1024:.1f}", "")
+        table.add_row(kind, f"{sent[kind] / 1024:.1f}", _said(*wanted[kind]))
+    most = max(answers, key=lambda answer: answer.held)
+    table.add_row("held by a rank (weights, gradients, AdamW)", f"{most.held / 1024:.1f}", _said(*memory(config, stage, most.parameters)))
     return table
+
+
+def _said(least: float, most: float) -> str:
+    return f"{least / 1024:.1f}" if least == most else f"{least / 1024:.1f} to {most / 1024:.1f}"

@@ -19,7 +19,7 @@ from megalite.mesh import Mesh
 from megalite.tune import parity
 from megalite.tune.parity import assemble, on_mesh
 from megalite.tune.shrink import MOST_RANKS, shrink
-from megalite.tune.traffic import KINDS, expected
+from megalite.tune.traffic import KINDS, expected, memory
 from megalite.tune.verify import STEPS, compare
 
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -202,9 +202,20 @@ def test_bytes_sent_are_those_of_the_textbook(stage: int, recipe: str, mesh: dic
 def test_a_rank_holds_its_share_under_zero_3(dp: int) -> None:
     """fp32: 4 bytes of weights, 4 of gradients, 12 of master weights and moments, for 1/dp of the parameters."""
     small = _small(dp=dp)
-    answers = on_mesh(small, ZERO3, steps=STEPS)
+    document = {"zero_optimization": {**ZERO3["zero_optimization"], "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}}
+    answers = on_mesh(small, document, steps=STEPS)
     share = 20 * answers[0].parameters / dp
+    assert memory(small, 3, answers[0].parameters)[0] == share
     assert max(answer.held for answer in answers) == pytest.approx(share, rel=0.05)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_rank_holds_what_the_textbook_says_below_zero_3(stage: int, precision: str) -> None:
+    small = _small(dp=2, precision=precision)
+    answers = on_mesh(small, {"zero_optimization": {"stage": stage}} if stage else {}, steps=STEPS)
+    least, most = memory(small, stage, answers[0].parameters)
+    assert 0.95 * least <= max(answer.held for answer in answers) <= 1.05 * most
 
 
 # ---- the verb ----------------------------------------------------------------------------------------------------------------------------

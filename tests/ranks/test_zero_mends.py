@@ -1,4 +1,4 @@
-"""Each mend of DeepSpeed in parallel/zero.py is still needed: taken out, something breaks.
+"""Each mend of DeepSpeed in parallel/mends.py and zero.py is still needed: taken out, something breaks.
 
 When one of these fails, DeepSpeed has changed: see whether the mend can go, and docs/design/zero.md with it.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megalite import launch
 from megalite.crew import RankError
 from megalite.mesh import Mesh
-from megalite.parallel import zero
+from megalite.parallel import mends, zero
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))
 from compare import config_of, difference, on_mesh, reference
@@ -46,7 +46,7 @@ def test_deepspeed_loses_microbatches_when_all_forwards_come_first(monkeypatch: 
 
 def test_deepspeed_compares_the_modules_of_stages_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers 0-1 on one stage, 2 and the head on the other: not the same modules, which DeepSpeed takes for an error or waits for."""
-    monkeypatch.setattr(zero, "_scope_trace_checks", lambda group: None)
+    monkeypatch.setattr(mends, "scope_trace_checks", lambda group: None)
     monkeypatch.setattr("megalite.launch.run_ranks", _impatient(launch.run_ranks))
     with pytest.raises(RankError):
         on_mesh(config_of(pp=2, layers=4), zero=3)
@@ -59,7 +59,7 @@ def _impatient(run_ranks):
 def _plain_deepspeed(rank: int, *, stage: int, precision: str) -> tuple[str, float]:
     import deepspeed
 
-    zero.start()
+    mends.start()
     mesh = Mesh.start(dp=1, pp=1, tp=1, device=torch.device("cpu"))
     layer = nn.Linear(8, 8).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     configuration = {
@@ -102,7 +102,7 @@ def test_deepspeed_records_a_trace_per_root_forward() -> None:
 
 def test_deepspeeds_linear_adds_its_bias_twice_under_selective_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the first step biases are 0; in the second, what was kept of a product has its bias already."""
-    monkeypatch.setattr(zero, "_add_biases_out_of_place", lambda: None)
+    monkeypatch.setattr(mends, "add_biases_out_of_place", lambda: None)
     config = config_of(dp=2, recompute="selective")
     ours, plain = on_mesh(config, zero=3)[1], reference(config)[1]
     assert max(difference(ours.gradients[name], exact) for name, exact in plain.gradients.items()) > 1e-3

@@ -1,0 +1,131 @@
+"""What DeepSpeed 0.19.8 needs changed to run ZeRO under a pipeline, each change with its reason and the version it was seen in.
+
+In: DeepSpeed's modules and objects, changed in place.  A test of tests/ranks/test_zero_mends.py (or the one named) fails when a change is
+no longer needed. How the facts were found: docs/design/zero.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import deepspeed
+import deepspeed.runtime.zero.linear as zero_linear
+import deepspeed.runtime.zero.partition_parameters as zero_partition
+import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
+import deepspeed.runtime.zero.stage3 as zero_stage3
+import deepspeed.utils.groups as zero_groups
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from megalite.mesh import Mesh
+
+PRIVATE = "_PartitionedParameterCoordinator__"  # how Python spells that class's private names
+
+
+def start() -> None:
+    """Let DeepSpeed join the running torch.distributed world.
+
+    On a CPU DeepSpeed 0.19.8 would first compile a shared-memory all-reduce for inference, which needs a compiler and half a minute and
+    is never called here.
+    """
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    add_biases_out_of_place()
+    bound_live_parameters()
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # 0.19.8 takes "oneDNN has no fast fp16 here" for "torch cannot compute in fp16"; slow will do for proofs and trials
+        accelerator.is_fp16_supported = lambda: True
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def scope_trace_checks(group: dist.ProcessGroup) -> None:
+    """ZeRO-3 checks that every rank of the WORLD walks the same modules; under a pipeline only the ranks of a stage do.
+
+    Unmended (DeepSpeed 0.19.8), the first forward hangs until the collective's timeout.
+    """
+
+    def same_on_this_stage(ints: list[int]) -> None:
+        seen: list[list[int] | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(seen, list(ints), group=group)
+        if any(other != seen[0] for other in seen):
+            raise RuntimeError("the ranks of this stage walk different modules")
+
+    for module in (zero_coordinator, zero_stage3, zero_partition):
+        module.assert_ints_same_as_other_ranks = same_on_this_stage  # type: ignore[attr-defined]
+
+
+def bound_live_parameters() -> None:
+    """Let `stage3_max_live_parameters` bound what stays gathered, and not only what is fetched ahead.
+
+    DeepSpeed 0.19.8 keeps a weight that its prefetcher saw to be needed again, however many it keeps; the trace of a whole step
+    needs each again and again, so all of a stage stayed gathered whatever the limit. Above it, a module now frees its own at once.
+    """
+    coordinator = zero_coordinator.PartitionedParameterCoordinator
+    decide = getattr(coordinator, f"{PRIVATE}params_to_release")
+    if getattr(decide, "bounded", False):
+        return
+
+    def bounded(self: Any, module: nn.Module, step_id: int) -> set[int]:
+        if getattr(self, f"{PRIVATE}n_available_params") > getattr(self, f"{PRIVATE}max_n_available_params"):
+            own: list[Any] = list(zero_coordinator.iter_params(module))
+            return {parameter.ds_id for parameter in own if not parameter.ds_persist}
+        return decide(self, module, step_id)
+
+    bounded.bounded = True  # type: ignore[attr-defined]
+    setattr(coordinator, f"{PRIVATE}params_to_release", bounded)
+
+
+def release_after_every_backward(stage: nn.Module, offload: Any) -> None:
+    """Free a module's weights after the backward pass of each microbatch.
+
+    DeepSpeed 0.19.8 counts, in one number for each module, the inputs whose gradients are still to come, and sets it to 0 in every forward.
+    With several microbatches in flight that number is wrong from the second backward on, and weights stayed gathered.
+    A module of ours that has weights has one input with a gradient, so there is nothing to count.
+    """
+
+    def release(module: nn.Module) -> type[torch.autograd.Function]:
+        class Release(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                return x.view_as(x)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor) -> Tensor:
+                offload.post_sub_module_backward_function(module)
+                return grads[0]
+
+        return Release
+
+    for module in stage.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.post_bwd_fn = release(module)  # type: ignore[assignment]
+
+
+def add_biases_out_of_place() -> None:
+    """Under ZeRO-3, DeepSpeed's own linear does the product and then adds the bias to it in place.
+
+    Selective recomputation keeps the product; with DeepSpeed 0.19.8 the bias was in it already when it was added again, and nothing
+    complained.
+    """
+
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None:
+            return input.matmul(weight.t())
+        return torch.addmm(bias, input.flatten(0, -2), weight.t()).view(*input.shape[:-1], -1)
+
+    zero_linear.LinearFunctionForZeroStage3.forward = staticmethod(forward)
+
+
+def open_secondary_groups(mesh: Mesh, size: int) -> None:
+    """The groups of ZeRO++'s hierarchical partitioning: `size` neighbours among the ranks that hold the same weights.
+
+    DeepSpeed 0.19.8 takes neighbours among all ranks of the world, which under tensor or pipeline parallelism hold other weights.
+    """
+    for line in mesh.lines("dp", "cp"):
+        for first in range(0, len(line), size):
+            group = dist.new_group(line[first : first + size])
+            if mesh.rank in line[first : first + size]:
+                zero_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = group

@@ -1,0 +1,68 @@
+"""Every file of ds_configs/ computes what one process computes, on a mesh of all axes. What needs a GPU is in tests/gpu."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare import assert_same, config_of, on_mesh, reference
+
+from megalite import ds_config, models
+from megalite.config import Config
+from megalite.errors import UserError
+from megalite.parallel import zero
+from megalite.tune.verify import compare_rounded
+
+FOLDER = Path(__file__).parents[2] / "ds_configs"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+QUANTIZED = {"zeropp-quantized"}
+
+
+def _document(name: str, tmp_path: Path) -> dict[str, Any]:
+    """The file, made to fit a small machine: a folder that is there, a node of two ranks, weights small enough to be sharded."""
+    document = ds_config.read_document(Config.model_validate({"deepspeed": name, "train": {"precision": "fp32"}}))
+    found = document["zero_optimization"]
+    if found.get("offload_optimizer", {}).get("device") == "nvme":
+        found["offload_optimizer"]["nvme_path"] = str(tmp_path / "disk")
+    if "zero_hpz_partition_size" in found:
+        found["zero_hpz_partition_size"] = 2
+    if found["stage"] == 3:
+        found |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 3000, "stage3_max_reuse_distance": 3000}
+    return document
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - QUANTIZED))
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_a_shipped_configuration_computes_what_one_process_computes(name: str, schedule: str, tmp_path: Path) -> None:
+    config = config_of(dp=2, pp=2, tp=2, schedule=schedule)
+    if name == "zeropp":
+        config = config_of(dp=4, pp=2, schedule=schedule)
+    ours = on_mesh(config, zero=_document(name, tmp_path))
+    assert_same(ours, reference(config), tied=models.tied(config.model))
+    assert not list((tmp_path / "disk").glob("*")), "a file was left on the disk"
+
+
+@pytest.mark.parametrize("name", ["zero2-cpu-offload", "zero3-cpu-offload", "zero3-nvme"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_offloaded_gradients_are_summed_in_fp32(name: str, precision: str, tmp_path: Path) -> None:
+    config = config_of(dp=2, pp=2, precision=precision)
+    found = compare_rounded(config, on_mesh(config, zero=_document(name, tmp_path)))
+    assert not [finding for finding in found if not finding.good]
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZED))
+def test_what_needs_a_gpu_is_valid_and_says_so_on_a_cpu(name: str) -> None:
+    document = json.loads((FOLDER / f"{name}.json").read_text())
+    with pytest.raises(UserError, match="needs a GPU, for which DeepSpeed compiles its quantizer; take it out"):
+        zero.check(document)
+    named = (FOLDER.parent / "tests/gpu/test_train.py").read_text()
+    assert name in named, f"no test of tests/gpu runs {name}"
+
+
+def test_a_disk_without_room_is_one_clear_line(tmp_path: Path) -> None:
+    document = _document("zero3-nvme", tmp_path)
+    (tmp_path / "disk").write_text("a file, and no folder")
+    with pytest.raises(UserError, match=r"nvme_path = .* cannot be written"):
+        on_mesh(config_of(dp=2), zero=document)
