@@ -6,6 +6,7 @@ Real ranks, small tensors, no DeepSpeed (see toy.py).
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,19 @@ def test_one_process_reads_whole_weights_from_any_layout(written: dict[Layout, P
     weights = {name: torch.full(WEIGHTS[name][0], torch.nan) for name in LOGICAL}
     store.load_weights(written[layout], weights)
     assert all(torch.equal(weights[name], full(name, "weights")) for name in LOGICAL)
+
+
+def test_the_code_of_the_format_page_reads_a_checkpoint_with_dcp_alone(written: dict[Layout, Path]) -> None:
+    page = Path(__file__).parents[2] / "docs/checkpoints.md"
+    code = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)[0]
+    assert "megalite" not in code.replace("megalite reads it", "")
+    code = code.replace("runs/gpt-tiny/checkpoints/latest", str(written[LAYOUTS[3]])).replace("attention.qkv", "qkv")
+    known: dict[str, Any] = {}
+    exec(code, known)
+    assert known["state"].keys() == {f"{kind}/{name}" for kind in store.KINDS for name in LOGICAL}
+    for key, tensor in known["state"].items():
+        kind, name = key.split("/")
+        assert torch.equal(tensor, full(name, kind)), key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
