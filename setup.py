@@ -29,6 +29,7 @@ setup(
         "sentencepiece",
         "tensorboard",
         "zstandard",
+        "xxhash",
         "psutil",
         "sentencex>=1.0",
     ],

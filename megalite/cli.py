@@ -1,4 +1,5 @@
-"""The verbs: `megalite prepare`, `megalite train`, `megalite verify`.
+"""The verbs: `megalite prepare`, `megalite train`, `megalite verify`, `megalite import`, `megalite export`,
+`megalite checkpoint`.
 
 In: the command line.  Out: an exit code: 0, 2 for bad input (one line says value, limit and cure), 1 when a rank failed.
 A verb's flags are the fields of its settings, `--mesh.tp 4`; help comes from the fields' own docstrings.
@@ -12,7 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 from pydantic import BaseModel, ValidationError
@@ -35,6 +36,15 @@ Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor pa
   megalite verify RECIPE|FILE.yaml [--mesh.tp 2] [--deepspeed ds_configs/zero3.json] ...
       Run a shrunk model in this layout on CPU ranks, beside one process: are the numbers the same?
 
+  megalite import NAME|FOLDER --output RUN_FOLDER
+      A Hugging Face GPT-2, Llama, Mistral or BERT as step 0 of a run.
+
+  megalite export CHECKPOINT --output FOLDER [--dtype bf16]
+      A checkpoint as a Hugging Face model.
+
+  megalite checkpoint ls|verify|show RUN_FOLDER|CHECKPOINT ...
+      What checkpoints there are; is every byte what was written; what does one hold.
+
 `megalite VERB --help` explains every flag."""
 
 SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a switch; none: where a setting may be left out
@@ -43,7 +53,7 @@ SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verbs = {"prepare": prepare, "train": train, "verify": verify}
+    verbs = {"prepare": prepare, "train": train, "verify": verify, "import": import_, "export": export, "checkpoint": checkpoint}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             _say(HELP)
@@ -67,14 +77,7 @@ def prepare(arguments: list[str]) -> None:
     """megalite prepare INPUT... --output PREFIX --tokenizer ..."""
     from megalite.data import prepare as preparing
 
-    if _asks_help(arguments):
-        _explain_flags(preparing.Preparation, "megalite prepare INPUT...")
-    found = read_flags(arguments, preparing.Preparation, positional="inputs")
-    try:
-        preparation = preparing.Preparation.model_validate(found)
-    except ValidationError as error:
-        raise UserError(f"{settings.explain(error, preparing.Preparation)}; megalite prepare --help explains every flag") from None
-    preparing.prepare(preparation)
+    preparing.prepare(_read_request("prepare INPUT...", arguments, preparing.Preparation, positional="inputs"))
 
 
 def train(arguments: list[str]) -> None:
@@ -93,6 +96,46 @@ def verify(arguments: list[str]) -> None:
     from megalite.tune import verify as verifying
 
     sys.exit(verifying.verify(config))
+
+
+def import_(arguments: list[str]) -> None:
+    """megalite import NAME|FOLDER --output RUN_FOLDER"""
+    from megalite.convert import importing
+
+    request = _read_request("import NAME|FOLDER", arguments, importing.Import, positional="source")
+    path, said = importing.import_model(request)
+    for line in (*said, f"checkpoint   {path}/", f"train        megalite train {request.output}/config.yaml --data.train PREFIX"):
+        _say(line)
+
+
+def export(arguments: list[str]) -> None:
+    """megalite export CHECKPOINT --output FOLDER"""
+    from megalite.convert import exporting
+
+    request = _read_request("export CHECKPOINT", arguments, exporting.Export, positional="checkpoint")
+    for line in (*exporting.export_model(request), f"exported     {request.output}/"):
+        _say(line)
+
+
+def checkpoint(arguments: list[str]) -> None:
+    """megalite checkpoint ls|verify|show FOLDER ..."""
+    from megalite.checkpoint import inspection
+
+    request = _read_request("checkpoint ls|verify|show FOLDER...", arguments, inspection.Inspection, positional="what")
+    sys.exit(inspection.run(request, say=_say))
+
+
+Request = TypeVar("Request", bound=BaseModel)
+
+
+def _read_request(usage: str, arguments: list[str], schema: type[Request], *, positional: str) -> Request:
+    """What the flags of a verb say that is no run."""
+    if _asks_help(arguments):
+        _explain_flags(schema, f"megalite {usage}")
+    try:
+        return schema.model_validate(read_flags(arguments, schema, positional=positional))
+    except ValidationError as error:
+        raise UserError(f"{settings.explain(error, schema)}; megalite {usage.split()[0]} --help explains every flag") from None
 
 
 def _read_run(verb: str, arguments: list[str]) -> Config:

@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -31,14 +30,11 @@ from pydantic import (
 )
 
 from megalite.errors import UserError
+from megalite.upkeep import Checkpoint, Section, Watch
 
 CHUNKED = ("interleaved", "looped")  # schedules under which a rank holds several chunks of layers
 SPLIT_BACKWARD = ("zerobubble", "zbv", "dualpipev")  # torch has them too
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Run(Section):
@@ -225,15 +221,6 @@ class Validation(Section):
     """Global batches a validation reads."""
 
 
-class Checkpoint(Section):
-    every: NonNegativeInt = 500
-    """Steps between two checkpoints; 0: only at the end."""
-    keep: PositiveInt = 2
-    """How many of the newest checkpoints stay."""
-    resume: str = "auto"
-    """auto: the newest whole checkpoint of the run folder; none: refuse a folder that holds some; PATH: that checkpoint."""
-
-
 class Config(Section):
     """One training run."""
 
@@ -250,6 +237,7 @@ class Config(Section):
     log: Log = Log()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
+    watch: Watch = Watch()
 
     @property
     def num_chunks(self) -> int:

@@ -16,11 +16,10 @@ import pickle
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -28,12 +27,13 @@ from typing import Any, NoReturn
 
 from megalite.errors import UserError
 from megalite.log import Copy, rank_log
+from megalite.signals import WISHES, pass_on
 
 GRACE = 2.0  # seconds between asking a rank to end and ending it
 LOST_PEER = re.compile(
     r"Connection (closed|reset|refused)|Broken pipe|[Tt]imed out|[Tt]imeout|NCCL|Dist(Network|Store)Error|connectFullMesh"
 )
-HELD = {signal.SIGINT, signal.SIGTERM}
+HELD = {signal.SIGINT, *WISHES}
 
 
 class RankError(RuntimeError):
@@ -99,6 +99,7 @@ class Rank:
     done: bool = False
     result: Any = None
     failure: Failure | None = None
+    code: int | None = None
 
     def take(self, kind: str, value: Any) -> None:
         """Note one report."""
@@ -114,7 +115,7 @@ def run_crew(world: int, life: Callable[[int, Link], NoReturn], *, folder: Path 
     """Fork `world` ranks that lead life(rank, link); what their works returned, in the order of ranks."""
     ranks: list[Rank] = []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_termination_raises())
+        asked = stack.enter_context(pass_on(lambda: [rank.pid for rank in ranks if rank.alive]))
         copies = [stack.enter_context(Copy(fd, rank_log(folder, 0))) for fd in (1, 2)] if folder else []
         leave, hold = os.pipe()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)  # a rank must not be born unknown to its parent
@@ -122,7 +123,7 @@ def run_crew(world: int, life: Callable[[int, Link], NoReturn], *, folder: Path 
             for number in range(world):
                 ranks.append(_fork(number, life, leave=leave, hold=hold, copies=copies, folder=folder))
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            return _supervise(ranks, copies, folder=folder, timeout=timeout)
+            return _supervise(ranks, copies, asked, folder=folder, timeout=timeout)
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
             os.close(leave)
@@ -160,11 +161,13 @@ def _fork(number: int, life: Callable[[int, Link], NoReturn], *, leave: int, hol
     return Rank(number, pid, reports)
 
 
-def _supervise(ranks: list[Rank], copies: list[Copy], *, folder: Path | None, timeout: float) -> list[Any]:
+def _supervise(ranks: list[Rank], copies: list[Copy], asked: list[int], *, folder: Path | None, timeout: float) -> list[Any]:
     """Listen until all ranks are done; raise what the first failed rank has to say."""
     began = time.monotonic()
     while not all(rank.done for rank in ranks):
         _listen(ranks, copies, seconds=0.1)
+        if asked and any(rank.code == -asked[0] for rank in ranks):  # it does not listen to signals, or not yet: nothing to save
+            raise SystemExit(128 + asked[0])
         if any(rank.failure for rank in ranks):
             _raise_first(ranks, copies, folder)
         if time.monotonic() - began > timeout:
@@ -183,9 +186,9 @@ def _listen(ranks: list[Rank], copies: list[Copy], seconds: float) -> None:
         if rank.reports in ready:
             with contextlib.suppress(EOFError, OSError):  # it died; seen below
                 rank.take(*pickle.loads(rank.reports.recv_bytes()))
-        code = _reap(rank)
-        if code is not None and not rank.failure:
-            rank.failure = Failure(time.monotonic(), _how_it_died(code))
+        rank.code = _reap(rank)
+        if rank.code is not None and not rank.failure:
+            rank.failure = Failure(time.monotonic(), _how_it_died(rank.code))
 
 
 def _raise_first(ranks: list[Rank], copies: list[Copy], folder: Path | None) -> NoReturn:
@@ -253,23 +256,6 @@ def _signal(rank: Rank, number: signal.Signals) -> None:
         os.killpg(rank.pid, number)
 
 
-@contextlib.contextmanager
-def _termination_raises() -> Iterator[None]:
-    """SIGTERM becomes SystemExit(143), so that the ranks are ended on the way out; somebody else's handler stays."""
-
-    def leave(*_: object) -> NoReturn:
-        raise SystemExit(143)
-
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 # ---- in a rank -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +267,8 @@ def _be_born(parent: int) -> None:
         os._exit(1)
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in WISHES:
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 

@@ -35,6 +35,7 @@ from megalite.fit import resolve_mesh
 from megalite.log import own_log, rank_log
 
 PATIENCE = 600.0  # seconds a rank waits for another before it calls it lost
+REPORTS, CONSOLE = "MEGALITE_REPORTS", "MEGALITE_CONSOLE"  # where `end_rank` speaks: the pipe to the parent, or the console that srun shows
 Warm = Sequence[str | Callable[[], Any]]
 
 
@@ -111,6 +112,22 @@ def stands_alone() -> bool:
     return find_place(os.environ) is None
 
 
+def meeting_host() -> str:
+    """The host of rank 0, where ranks can reach it."""
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+
+def end_rank(report: str) -> NoReturn:
+    """End this rank with a report, from any thread, whatever its main thread is caught in."""
+    if pipe := os.environ.get(REPORTS):
+        link = Link(Connection(int(pipe), readable=False), -1)
+        link.reports.send_bytes(pickle.dumps(("failed", Failure(time.monotonic(), report))))
+    else:
+        os.write(int(os.environ.get(CONSOLE, "2")), f"rank {os.environ.get('RANK', '0')} {report}\n".encode())
+    sys.stdout.flush()
+    os._exit(1)
+
+
 def is_rank_zero() -> bool:
     """Whether this process speaks for the run: it stands alone, or was started by torchrun or srun as rank 0."""
     place = find_place(os.environ)
@@ -142,6 +159,7 @@ def _run(
 def _be_forked(orders: Orders, rank: int, link: Link) -> NoReturn:
     """The life of a rank on a CPU."""
     _announce(orders, rank)
+    os.environ[REPORTS] = f"{link.reports.fileno()}"
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a laptop's host name may stand for an address that is gone
@@ -152,6 +170,7 @@ def _be_forked(orders: Orders, rank: int, link: Link) -> NoReturn:
 def _be_reborn(orders: Orders, rank: int, link: Link) -> NoReturn:
     """The life of a rank on a GPU, until it begins anew in `be_spawned`, as a fresh interpreter."""
     _announce(orders, rank)
+    os.environ[REPORTS] = f"{link.reports.fileno()}"
     os.environ.setdefault("OMP_NUM_THREADS", f"{max(1, (os.cpu_count() or 1) // orders.world)}")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     pipes = link.reports.fileno(), link.leave
@@ -221,6 +240,7 @@ def _join(place: Place, work: Callable[[int], Any], *, folder: Path) -> Any:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with own_log(rank_log(folder, place.rank), show=place.rank == 0) as console:
+        os.environ[CONSOLE] = f"{console.fileno()}"
         try:
             return _meet_all_and_work(place, work, "nccl" if gpus else "gloo")
         except Exception as error:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 import yaml
 
 from megalite import launch
-from megalite.checkpoint.resume import find as find_checkpoint
+from megalite.checkpoint import lock
+from megalite.checkpoint.manifest import Damaged
+from megalite.checkpoint.resume import find as find_checkpoints
 from megalite.checkpoint.store import read_facts, whole
 from megalite.config import Config, run_folder
 from megalite.data.loader import open_train, open_valid, resolve
@@ -28,7 +31,9 @@ from megalite.ds_config import read_document
 from megalite.errors import UserError
 from megalite.evaluate import generate
 from megalite.fit import resolve_mesh
-from megalite.log import open_console, quiet_foreign
+from megalite.log import open_console, open_voice, quiet_foreign
+
+UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: "try again later", for whoever requeues jobs
 
 
 def pretrain(config: Config, *, command: str) -> None:
@@ -39,14 +44,19 @@ def pretrain(config: Config, *, command: str) -> None:
     if launch.stands_alone():
         prepare_corpus(config)
     config = complete(config)
-    if launch.is_rank_zero():
-        write_config(config)
-    done = whole(run_folder(config) / "checkpoints")
-    if done and read_facts(done[-1])["step"] >= config.train.steps:
+    with lock.hold(run_folder(config)) if launch.is_rank_zero() else nullcontext():
         if launch.is_rank_zero():
-            _print(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
-    else:
-        launch.start(config, _train, warm=("megalite.train", "torch.utils.tensorboard", functools.partial(_check, document)))
+            write_config(config)
+        if is_finished(config):
+            if launch.is_rank_zero():
+                _print(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
+        else:
+            warm = ("megalite.train", "torch.utils.tensorboard", functools.partial(_check, document))
+            stopped = launch.start(config, _train, warm=warm)
+            if stopped:
+                if launch.is_rank_zero():
+                    _print(f"{stopped}: saved, and ended with exit code {UNFINISHED}; the same command goes on from there")
+                raise SystemExit(UNFINISHED)
     if launch.is_rank_zero():
         report(config, command=command)
 
@@ -57,11 +67,21 @@ def _check(document: dict[str, Any]) -> None:
     zero.check(document)
 
 
-def _train(config: Config, rank: int) -> None:
+def _train(config: Config, rank: int) -> str | None:
     from megalite.train import train  # DeepSpeed takes seconds to import: bad input is answered before that
 
     quiet_foreign()
-    train(config, rank)
+    open_voice(rank, own_log=True)
+    return train(config, rank)
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the last step stands in a checkpoint."""
+    done = whole(run_folder(config) / "checkpoints")
+    try:
+        return bool(done) and read_facts(done[-1])["step"] >= config.train.steps
+    except Damaged:  # the ranks take an older one, and say so
+        return False
 
 
 def complete(config: Config) -> Config:
@@ -69,7 +89,7 @@ def complete(config: Config) -> Config:
     opened = open_train(config.data, model=config.model, seed=config.run.seed)
     open_valid(config.data, model=config.model)
     config = config.model_copy(update={"model": config.model.model_copy(update={"vocab": opened.vocab_size})})
-    find_checkpoint(config)
+    find_checkpoints(config, tokenizer=opened.tokenizer.fingerprint if opened.tokenizer else None)
     return config
 
 

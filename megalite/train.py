@@ -6,8 +6,10 @@ resumes from the newest checkpoint; every sample, weight and number is then what
 
 from __future__ import annotations
 
-import math
+import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -15,54 +17,94 @@ import torch.distributed as dist
 
 import megalite
 from megalite import hardware, models
-from megalite.checkpoint.resume import find as find_checkpoint
-from megalite.checkpoint.store import Store
+from megalite.checkpoint.resume import find, newest, pass_over
+from megalite.checkpoint.store import Damaged, Store
 from megalite.config import Config, run_folder
-from megalite.data.loader import Loader, open_train, open_valid
+from megalite.data.loader import Loader, Opened, open_train, open_valid
 from megalite.ds_config import read_document
 from megalite.engine import Engine
 from megalite.errors import UserError
 from megalite.evaluate.validate import validate
 from megalite.mesh import Mesh
 from megalite.models import counts
+from megalite.observe.guard import Guard, Rewind
 from megalite.observe.metrics import Metrics, Yardstick
+from megalite.observe.watch import Watch
+
+LOG = logging.getLogger(__name__)
 
 
-def train(config: Config, rank: int) -> dict[str, float]:
-    """Train on this rank until config.train.steps; returns the parts of the last validation loss ({} without validation shards)."""
-    folder, mesh = run_folder(config), start_mesh(config, rank)
-    engine = Engine(config, mesh, document=read_document(config))
-    store = Store(folder / "checkpoints", keep=config.checkpoint.keep, tied=models.tied(config.model))
-    step, valid = resume(config, engine, store), {}
+@dataclass
+class Run:
+    """Everything that lives as long as the ranks do."""
+
+    config: Config
+    mesh: Mesh
+    engine: Engine
+    opened: Opened
+    store: Store
+    guard: Guard
+    watch: Watch
+
+
+def train(config: Config, rank: int) -> str | None:
+    """Train on this rank until config.train.steps; returns the name of the signal that ended it earlier, or None."""
+    mesh = start_mesh(config, rank)
+    engine, guard = Engine(config, mesh, document=read_document(config)), Guard(config.watch)
+    engine.zero.refuse = guard.refuses if config.watch.bad_step == "skip" else None
+    opened = open_train(config.data, model=config.model, seed=config.run.seed)
     with (
-        open_loader(config, mesh) as loader,
-        open_validation(config, mesh) as held_out,
+        Store(run_folder(config) / "checkpoints", config.checkpoint, tied=models.tied(config.model)) as store,
+        Watch(config.watch) as watch,
+    ):
+        run = Run(config, mesh, engine, opened, store, guard, watch)
+        step, stopped = resume(run, find), None
+        while step < config.train.steps and not stopped:
+            try:
+                step, stopped = advance(run, step)
+            except Rewind as bad:
+                step = rewind(run, bad)
+        if failure := store.settle():
+            raise UserError(f"the last checkpoint could not be saved: {failure}; make room and run again: it resumes from the one before")
+    return stopped
+
+
+def advance(run: Run, step: int) -> tuple[int, str | None]:
+    """Step until the last step or a signal, whatever comes first; returns how many steps have been taken, and the signal."""
+    config, engine, stopped = run.config, run.engine, None
+    valid: dict[str, Any] = {"valid": {}, "valid_step": None}
+    with (
+        deal(config, run.mesh, run.opened) as loader,
+        open_validation(config, run.mesh) as held_out,
         Metrics(
-            folder,
-            rank=rank,
-            world=mesh.world,
+            run_folder(config),
+            rank=run.mesh.rank,
+            world=run.mesh.world,
             total_steps=config.train.steps,
-            yardstick=measure(config, mesh),
+            yardstick=measure(config, run.mesh),
             log=config.log,
             start_step=step,
         ) as metrics,
     ):
-        while step < config.train.steps:
-            report = engine.step(step, loader.step(step))
+        while step < config.train.steps and not stopped:
+            run.watch.enter(f"step {step + 1}")
+            report = engine.step(step, loader.step(step + run.guard.shift))
             step += 1
+            run.guard.judge(step, report.loss, report.grad_norm, skipped=report.skipped)
             if report.skipped:
-                metrics.skipped(step, engine.state()["value"])
-            else:
-                check_finite(step, report.loss, report.grad_norm)
+                metrics.skipped(step, engine.state().get("value"))
             metrics.step(step, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr)
-            if held_out and due(step, config.validation.every, config):
+            stopped = run.watch.signal()
+            if held_out and not stopped and due(step, config.validation.every, config):
+                run.watch.enter(f"validation after step {step}")
                 with metrics.pause():
-                    valid = validate(engine, held_out, batches=config.validation.batches)
-                metrics.valid(step, sum(valid.values()))
-            if due(step, config.checkpoint.every, config):
+                    valid = {"valid": validate(engine, held_out, batches=config.validation.batches), "valid_step": step}
+                metrics.valid(step, sum(valid["valid"].values()))
+            if stopped or due(step, config.checkpoint.every, config):
+                run.watch.enter(f"saving step {step}")
                 with metrics.pause():
-                    store.save(step, engine.zero.pieces(), facts(config, engine, valid))
-    return valid
+                    run.store.save(step, engine.zero.pieces(), {**facts(run), **valid})
+    return step, stopped
 
 
 def due(step: int, every: int, config: Config) -> bool:
@@ -70,35 +112,45 @@ def due(step: int, every: int, config: Config) -> bool:
     return step == config.train.steps or (every > 0 and step % every == 0)
 
 
-def check_finite(step: int, loss: float, grad_norm: float) -> None:
-    """Stop a run whose numbers are gone: training on would only write them into the next checkpoint."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optimizer.lr or train.clip, or raise optimizer.warmup, "
-            "and run again: it resumes from the last checkpoint"
-        )
-
-
-def resume(config: Config, engine: Engine, store: Store) -> int:
-    """Load what config.checkpoint.resume asks for; returns how many steps have been taken."""
-    found = [find_checkpoint(config)]
+def resume(run: Run, find: Any) -> int:
+    """Load the first sound one of the checkpoints that `find(config)` names; returns how many steps have been taken."""
+    found = [find(run.config)]
     dist.broadcast_object_list(found)  # one decides for all: a shared disk may show ranks different folders
-    path = found[0]
-    if path is None:
-        return 0
-    said = store.load(path, engine.zero.pieces())
-    engine.restore(said["step"], said.get("state", {}))
-    return said["step"]
+    for path in found[0]:
+        try:
+            run.watch.enter(f"loading {path.name}")
+            said = run.store.load(path, run.engine.zero.pieces())
+        except Damaged as error:
+            if path == found[0][-1]:
+                raise
+            if dist.get_rank() == 0:
+                LOG.warning("%s", pass_over(error))
+        else:
+            run.guard.restore(said.get("guard", {}))
+            run.engine.restore(said["step"] - run.guard.skipped, said.get("state", {}))
+            return said["step"]
+    return 0
 
 
-def facts(config: Config, engine: Engine, valid: dict[str, float]) -> dict[str, Any]:
-    """What a checkpoint says of itself beside its tensors."""
+def rewind(run: Run, bad: Rewind) -> int:
+    """Go back to the last checkpoint, to go on from there with the batches after the bad one (PaLM: arXiv:2204.02311, section 5.1)."""
+    run.store.settle()
+    rewound, end = run.guard.rewound, bad.step + run.guard.shift
+    step = resume(run, newest)
+    run.guard.go_back(bad, to=step, rewound=rewound, batches=end - step - run.guard.shift)
+    return step
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it."""
+    tokenizer = run.opened.tokenizer
     return {
-        "config": config.model_dump(mode="json"),
-        "valid": valid,
-        "state": engine.state(),
-        "world": dist.get_world_size(),
-        "versions": {"megalite": megalite.__version__, "torch": torch.__version__},
+        "config": run.config.model_dump(mode="json"),
+        "state": run.engine.state(),
+        "guard": run.guard.state(),
+        "tokenizer": tokenizer.fingerprint if tokenizer else None,
+        "mesh": run.config.mesh.model_dump(mode="json"),
+        "versions": {"megalite": megalite.__version__, "torch": torch.__version__, "deepspeed": version("deepspeed")},
     }
 
 
@@ -109,19 +161,15 @@ def start_mesh(config: Config, rank: int) -> Mesh:
     return Mesh.start(**config.mesh.degrees, device=device)
 
 
-def open_loader(config: Config, mesh: Mesh) -> Loader:
-    opened = open_train(config.data, model=config.model, seed=config.run.seed)
-    return _loader(config, mesh, opened.source)
-
-
 def open_validation(config: Config, mesh: Mesh) -> AbstractContextManager[Loader | None]:
     opened = open_valid(config.data, model=config.model)
-    return _loader(config, mesh, opened.source) if opened else nullcontext()
+    return deal(config, mesh, opened) if opened else nullcontext()
 
 
-def _loader(config: Config, mesh: Mesh, source: Any) -> Loader:
+def deal(config: Config, mesh: Mesh, opened: Opened) -> Loader:
+    """This rank's microbatches of those samples."""
     batch = config.train
-    return Loader(source, global_batch=batch.global_batch, micro_batch=batch.micro_batch, dp=mesh.dp, dp_rank=mesh.dp_rank)
+    return Loader(opened.source, global_batch=batch.global_batch, micro_batch=batch.micro_batch, dp=mesh.dp, dp_rank=mesh.dp_rank)
 
 
 def measure(config: Config, mesh: Mesh) -> Yardstick:

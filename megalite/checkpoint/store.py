@@ -1,52 +1,47 @@
 """Checkpoints that belong to the model: logical tensors under global names, written by torch.distributed.checkpoint (DCP).
 
-In: the pieces a rank owns and a few facts (step, config).  Out: `checkpoints/step-N/`, holding `weights/NAME`, `exp_avg/NAME` and
-`exp_avg_sq/NAME` in fp32 with global shapes, and `facts.json`. No layout is stored, so loading on another mesh is reading.
+In: the pieces a rank owns and a few facts (step, config, state).  Out: `checkpoints/step-N/`, holding `weights/NAME`, `exp_avg/NAME` and
+`exp_avg_sq/NAME` in fp32 with global shapes, and `manifest.json`. No layout is stored, so loading on another mesh is reading.
 
-A checkpoint is written under a temporary name, every file synced, and renamed when all ranks are done: a folder called step-N is
-whole. `latest` is a link to the newest one. Nothing is unpickled but DCP's index, and of that only DCP's own record types.
+A checkpoint is written under a temporary name, every file synced, and renamed when all ranks are done: a folder called step-N is whole,
+and its checksums tell whether it still is. `latest` is a link to the one written last. In the background a save costs the training a
+copy of what the rank owns; one save is under way at most, and the next waits for it.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import pickle
+import logging
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
+from megalite.checkpoint import manifest
+from megalite.checkpoint.manifest import CURE, Damaged, read_facts
+from megalite.checkpoint.retention import link_latest, prune, remove, whole
 from megalite.checkpoint.slices import Slice
+from megalite.checkpoint.storage import Reader, Writer, sync
+from megalite.config import Checkpoint
 from megalite.errors import UserError
 from megalite.layout import Cut
 
+__all__ = ["Damaged", "Store", "index", "load_weights", "read_facts", "whole"]
+
 PARTIAL = ".partial"
-CURE = "remove the folder to fall back on an older one"
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
-RECORDS = {  # what DCP's index is made of, and nothing else
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch": {"Size", "device"},
-    "torch.serialization": {"_get_layout"},
-    "torch._utils": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath"},
-}  # fmt: skip
+LOG = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 
 class Piece(Protocol):
@@ -65,123 +60,135 @@ class Piece(Protocol):
 
 
 class Store:
-    """The checkpoints of one run folder. Every rank holds one; every call is made by all ranks together."""
+    """The checkpoints of one run folder. Every rank holds one; every call is made by all ranks together. Close it, or use `with`."""
 
-    def __init__(self, folder: Path, *, keep: int, tied: dict[str, str]) -> None:
+    def __init__(self, folder: Path, settings: Checkpoint, *, tied: dict[str, str]) -> None:
         """`tied`: name -> the name under which that weight is stored."""
-        self.folder, self.keep, self.tied = folder, keep, tied
+        self.folder, self.settings, self.tied = folder, settings, tied
         group = dist.new_group(backend="gloo")  # of its own: saving never meets a training collective
         assert isinstance(group, dist.ProcessGroup)
-        self.group = group
-        self.rank = dist.get_rank()
+        self.group, self.rank = group, dist.get_rank()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if settings.background else None
+        self.flight: Future[str | None] | None = None
+        self.copies: dict[str, Tensor] = {}
 
-    def save(self, step: int, pieces: Sequence[Piece], facts: dict[str, Any]) -> Path:
-        """Write step-N whole, point `latest` at it, forget the oldest beyond `keep`."""
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.settle()
+        if self.thread:
+            self.thread.shutdown(wait=kind is None)
+
+    def save(self, step: int, pieces: Sequence[Piece], facts: dict[str, Any]) -> None:
+        """Begin to write step-N, or write it where nothing runs in the background; first wait for the save before.
+
+        When it is whole, `latest` points to it and what need not be kept is gone. Where the disk is full or fails, what was there stays,
+        rank 0 says so, and `settle` tells. Raises what else went wrong with this save or, in the background, with the one before.
+        """
+        self.settle()
+        state = self._state((piece for piece in pieces if piece.first), copy=self.thread is not None)
+        if self.thread:
+            self.flight = self.thread.submit(self._write, step, state, facts)
+        else:
+            self.flight = Future()
+            self.flight.set_result(self._write(step, state, facts))
+
+    def settle(self) -> str | None:
+        """Wait until the last save is done; why it failed, or None. The same on every rank."""
+        return self.flight.result() if self.flight else None
+
+    def _write(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> str | None:
         final = self.folder / f"step-{step}"
         partial = final.with_name(final.name + PARTIAL)
-        if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        writer = Writer(partial)
+
+        def open_partial() -> None:
+            remove(partial)
             partial.mkdir(parents=True)
-        dist.barrier(self.group)
-        state = self._state(piece for piece in pieces if piece.first)
-        write_state(state, storage_writer=FileSystemWriter(partial), process_group=self.group)
-        if self.rank == 0:
-            with (partial / "facts.json").open("w") as file:
-                json.dump({"step": step, **facts}, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            _sync(partial)
-            if final.exists():  # a run that resumed below this step comes by again
-                shutil.rmtree(final)
-            partial.rename(final)
-            _link(self.folder / "latest", final.name)
-            _sync(self.folder)
-            others = [path for path in whole(self.folder) if path != final]  # of a run that resumed below them, newer ones too
-            for old in others[: max(0, len(others) + 1 - self.keep)]:
-                shutil.rmtree(old)
-        dist.barrier(self.group)
-        return final
+
+        try:
+            self._together(open_partial, rank=0)
+            write_state(state, storage_writer=writer, process_group=self.group)
+            self._together(lambda: _publish(writer, final, {"step": step, **facts}), rank=0)
+        except (OSError, CheckpointException) as error:
+            reason = _disk_failure(error)
+            if reason is None:
+                raise
+            self._together(lambda: shutil.rmtree(partial, ignore_errors=True), rank=0)
+            if self.rank == 0:
+                kept = whole(self.folder)
+                stays = f"{kept[-1].name} stays the newest checkpoint" if kept else "there is no checkpoint yet"
+                LOG.warning("step-%d could not be saved: %s; training goes on, %s", step, reason, stays)
+            return reason
+        self._together(lambda: prune(self.folder, newest=final, settings=self.settings), rank=0)
+        return None
 
     def load(self, path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Read what `pieces` are into them, in place; returns the facts. The engine must renew its weights afterwards (`Zero.restore`).
 
-        Raises UserError when the checkpoint is of another model or cannot be read.
+        Moments that were never stored (an imported model) become 0. Raises UserError on every rank when the checkpoint is of another
+        model, Damaged when it is not what was written.
         """
-        known = index(path).state_dict_metadata
-        state = self._state(pieces)
-        for key, value in state.items():
-            stored = known.get(key)
-            if not isinstance(stored, TensorStorageMetadata):
-                raise UserError(f"checkpoint {path} holds no {key}; it is of another model than this run, start in another run.folder")
-            if stored.size != value.shape:
-                raise UserError(
-                    f"checkpoint {path}: {key} is {tuple(stored.size)} there and {tuple(value.shape)} in this run; "
-                    "give the model settings it was made with, or start in another run.folder"
-                )
+        state, reader = self._state(pieces), Reader(path)
+        facts = self._together(lambda: read_facts(path))
+        state = self._together(lambda: _check_model(reader, state, weights_only="imported" in facts))
+        if "imported" in facts:
+            for moment in (moment for piece in pieces for moment in piece.moments.values()):
+                moment.zero_()
         try:
-            read_state(state, storage_reader=Reader(path), process_group=self.group)
+            read_state(state, storage_reader=reader, process_group=self.group)
         except CheckpointException as error:  # derives from BaseException
-            raise UserError(f"checkpoint {path} cannot be read: {_first(error)}; {CURE}") from None
-        return read_facts(path)
+            raise _first_user_error(path, error) from None
+        return facts
 
-    def _state(self, pieces: Iterable[Piece]) -> dict[str, Any]:
+    def _state(self, pieces: Iterable[Piece], *, copy: bool = False) -> dict[str, Any]:
         state: dict[str, Any] = {}
         for piece in pieces:
             name = self.tied.get(piece.cut.name, piece.cut.name)
             for kind, flat in zip(KINDS, (piece.master, piece.moments["exp_avg"], piece.moments["exp_avg_sq"]), strict=True):
-                state[f"{kind}/{name}"] = Slice.of(flat, cut=piece.cut, start=piece.start)
+                held = self._copy(f"{kind}/{name}", flat) if copy else flat
+                state[f"{kind}/{name}"] = Slice.of(held, cut=piece.cut, start=piece.start)
         return state
 
+    def _copy(self, key: str, flat: Tensor) -> Tensor:
+        """Into memory of the host that is kept from save to save."""
+        held = self.copies.get(key)
+        if held is None or held.shape != flat.shape:
+            held = self.copies[key] = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
+        return held.copy_(flat)
 
-def whole(folder: Path) -> list[Path]:
-    """Every whole checkpoint of a run's checkpoints/, oldest first."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and (path / "facts.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    def _together(self, work: Callable[[], Answer], *, rank: int | None = None) -> Answer:
+        """What `work` returns, done by every rank or by one (the others get None); where it fails on one, its error on every rank."""
+        answer, error = None, None
+        if rank in (None, self.rank):
+            try:
+                answer = work()
+            except (UserError, OSError) as caught:
+                error = caught
+        errors: list[Exception | None] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(errors, error, group=self.group)
+        if first := next((error for error in errors if error), None):
+            raise first
+        return answer  # type: ignore[return-value]
 
 
-class _OnlyRecords(pickle.Unpickler):
-    """DCP's index is a pickle; a checkpoint may come from anybody. Only DCP's own record types are built."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if name in RECORDS.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint index holds")
-
-
-class Reader(FileSystemReader):
-    """DCP's reader with an index that cannot run code."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            metadata = _OnlyRecords(io.BytesIO(path.read_bytes())).load()
-            tensors, places = metadata.state_dict_metadata.values(), metadata.storage_data.values()
-            ends = [(str(place.relative_path), int(place.offset + place.length)) for place in places]
-        except Exception as error:  # a damaged pickle fails in every way there is
-            raise UserError(f"checkpoint {self.path} has no readable index .metadata ({_say(error)}); {CURE}") from None
-        if not all(isinstance(entry, TensorStorageMetadata) and isinstance(getattr(entry, "size", None), torch.Size) for entry in tensors):
-            raise UserError(f"checkpoint {self.path} holds something that is no tensor; it was not written by megalite")
-        self._check_files(ends)
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-    def _check_files(self, ends: Iterable[tuple[str, int]]) -> None:
-        """Every file the index names is there, in the checkpoint's own folder, and long enough."""
-        needed: dict[str, int] = {}
-        for name, end in ends:
-            needed[name] = max(end, needed.get(name, 0))
-        for name, size in needed.items():
-            path = Path(self.path) / name
-            if Path(name).name != name:
-                raise UserError(f"checkpoint {self.path} names {name}, a file outside its folder; it was not written by megalite")
-            if not path.is_file():
-                raise UserError(f"checkpoint file {path} does not exist; {CURE}")
-            if path.stat().st_size < size:
-                raise UserError(f"checkpoint file {path} holds {path.stat().st_size} bytes, its index promises {size}: truncated; {CURE}")
+def _check_model(reader: Reader, state: dict[str, Any], *, weights_only: bool) -> dict[str, Any]:
+    """What of `state` the checkpoint holds; raises UserError where something is missing or has another shape."""
+    path, known = reader.path, reader.read_metadata().state_dict_metadata
+    if weights_only:
+        state = {key: value for key, value in state.items() if key.startswith("weights/")}
+    for key, value in state.items():
+        stored = known.get(key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise UserError(f"checkpoint {path} holds no {key}; it is of another model than this run, start in another run.folder")
+        if stored.size != value.shape:
+            raise UserError(
+                f"checkpoint {path}: {key} is {tuple(stored.size)} there and {tuple(value.shape)} in this run; "
+                "give the model settings it was made with, or start in another run.folder"
+            )
+    return state
 
 
 def index(path: Path) -> Metadata:
@@ -189,54 +196,69 @@ def index(path: Path) -> Metadata:
     return Reader(path).read_metadata()
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises UserError where there is none."""
-    try:
-        facts = json.loads((path / "facts.json").read_text())
-    except (OSError, ValueError):
-        facts = None
-    if not isinstance(facts, dict) or not isinstance(facts.get("step"), int) or not isinstance(facts.get("config"), dict):
-        raise UserError(
-            f"{path} is no checkpoint: it has no readable facts.json; remove it, or name a step-N folder of a run's checkpoints"
-        )
-    return facts
-
-
-def load_weights(path: Path, weights: dict[str, Tensor]) -> None:
+def load_weights(source: Path | Reader, weights: dict[str, Tensor]) -> None:
     """Read whole weights in one process, no ranks needed: name -> tensor of the global shape, filled in place."""
+    reader = source if isinstance(source, Reader) else Reader(source)
     state = {f"weights/{name}": tensor for name, tensor in weights.items()}
-    missing = state.keys() - index(path).state_dict_metadata.keys()
+    missing = state.keys() - reader.read_metadata().state_dict_metadata.keys()
     if missing:
-        raise UserError(f"checkpoint {path} holds no {sorted(missing)[0]}; it is of another model")
+        raise UserError(f"checkpoint {reader.path} holds no {sorted(missing)[0]}; it is of another model")
     try:
-        with warnings.catch_warnings():  # that it runs in one process, which is what was asked
-            warnings.simplefilter("ignore", UserWarning)
-            read_state(state, storage_reader=Reader(path), no_dist=True)
+        with _alone():
+            read_state(state, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
-        raise UserError(f"checkpoint {path} cannot be read: {_first(error)}") from None
+        raise _first_user_error(Path(reader.path), error) from None
 
 
-def _first(error: CheckpointException) -> str:
-    """The first rank's reason, in one line."""
-    rank, (reason, _) = sorted(error.failures.items())[0]
-    return f"rank {rank}: {_say(reason)}"
+def write_weights(folder: Path, step: int, weights: dict[str, Slice], facts: dict[str, Any]) -> Path:
+    """Write step-N of a run's checkpoints/ with weights and no moments, in one process: name -> `Slice.lazily`, in their order."""
+    final = folder / f"step-{step}"
+    partial = final.with_name(final.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    writer = Writer(partial)
+    with _alone():
+        write_state({f"weights/{name}": value for name, value in weights.items()}, storage_writer=writer, no_dist=True)
+    _publish(writer, final, {"step": step, **facts})
+    return final
 
 
-def _say(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _publish(writer: Writer, final: Path, facts: dict[str, Any]) -> None:
+    """Seal what was written, and only then give it its name and let `latest` point to it."""
+    partial = Path(writer.path)
+    manifest.write(partial, facts, files=writer.files, chunks=writer.chunks)
+    sync(partial)
+    remove(final)  # a run that resumed below this step comes by again
+    partial.rename(final)
+    sync(final.parent)
+    link_latest(final.parent, final.name)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without DCP's warning that it runs in one process, which is what was asked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
-def _link(link: Path, target: str) -> None:
-    """Point a symbolic link somewhere else in one step."""
-    fresh = link.with_name(link.name + PARTIAL)
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    fresh.replace(link)
+def _first_user_error(path: Path, error: CheckpointException) -> UserError:
+    """What the first rank says, in one line."""
+    reason = _reasons(error)[0]
+    if isinstance(reason, UserError):
+        return reason
+    said = " ".join(str(reason).split()) or type(reason).__name__
+    return Damaged(f"checkpoint {path} cannot be read: rank {min(error.failures)}: {said}; {CURE}")
+
+
+def _reasons(error: CheckpointException) -> list[BaseException]:
+    return [reason for _, (reason, _) in sorted(error.failures.items())]
+
+
+def _disk_failure(error: OSError | CheckpointException) -> str | None:
+    """The first rank's trouble with the disk; None where something else went wrong, which must not be passed over."""
+    if isinstance(error, OSError):
+        return str(error)
+    if all(isinstance(reason, OSError) for reason in _reasons(error)):
+        return f"rank {min(error.failures)}: {_reasons(error)[0]}"
+    return None

@@ -128,6 +128,13 @@ def open_valid(data: Data, *, model: Model) -> Opened | None:
     return Opened(InOrder(_dataset(shard, tokenizer, vocab_size, data=data, model=model, seed=0)), tokenizer, vocab_size, (shard,))
 
 
+def find_tokenizer(data: Data) -> Tokenizer | None:
+    """The tokenizer of this data: data.tokenizer, or what lies beside the first training shards; None where there is none."""
+    if data.tokenizer:
+        return open_tokenizer(data.tokenizer)
+    return stored_tokenizer(resolve(_parse(data.train[0])[0])) if data.train else None
+
+
 def resolve(prefix: str) -> str:
     """PREFIX where PREFIX.idx exists, else its training split."""
     return prefix if Path(f"{prefix}.idx").is_file() or prefix.endswith(".train") else f"{prefix}.train"

@@ -85,11 +85,11 @@ class Metrics:
         if self.bar and self.task is not None:
             self.bar.update(self.task, now=f"loss {_number(loss, '.4f')}  {self.last['tokens_per_second']:,.0f} tokens/s")
 
-    def skipped(self, step: int, loss_scale: float) -> None:
-        """A step changed nothing, for gradients overflowed in fp16; the loss scale is `loss_scale` from now on."""
+    def skipped(self, step: int, loss_scale: float | None) -> None:
+        """A step changed nothing: gradients overflowed in fp16, where the loss scale is `loss_scale` from now on, or were refused."""
         if self.speaks:
-            self._write({"step": step, "skipped": 1, "loss_scale": loss_scale})
-            self._print(f"step {step}: gradients overflow in fp16, step skipped; loss scale {loss_scale:g}")
+            self._write({"step": step, "skipped": 1, **({} if loss_scale is None else {"loss_scale": loss_scale})})
+            self._print(f"step {step}: update left out" + ("" if loss_scale is None else f"; loss scale {loss_scale:g}"))
 
     def valid(self, step: int, valid_loss: Any) -> None:
         """A validation after that step is done."""

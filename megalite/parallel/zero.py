@@ -169,13 +169,18 @@ class Zero:
         self.uneven = mesh.tp > 1 and any(part % mesh.tp for cut in cuts for part in cut.parts)
         self.scale = gradients.LossScale() if configuration["fp16"]["enabled"] else None
         self.overflow = False
+        self.refuse: Callable[[float], bool] | None = None  # norm -> whether to leave this update out; asked on every rank
         self._norm = 0.0
         self._clip = 0.0
         self._step, self.inner.step = self.inner.step, self._finish
         # The norm is taken over the whole mesh, once, by `_finish`; DeepSpeed would take one per parameter group and hang where
         # stages differ in their groups.
-        self.inner.get_grad_norm_direct = lambda *_, **__: torch.zeros((), device=mesh.device)
-        self.inner.check_overflow = lambda *_, **__: setattr(self.inner, "overflow", self.overflow)  # likewise; it drops the step then
+        # It drops a step that overflows, and so those that `_finish` says: stages 1 and 2 check if told to, stage 3 outside fp16 only
+        # whether the norm is finite (offloaded gradients have a norm of their own).
+        self.inner.get_grad_norm_direct = lambda *_, **__: torch.full((), math.inf if self.overflow else 0.0, device=mesh.device)
+        self.inner.complete_grad_norm_calculation_for_cpu_offload = self.inner.get_grad_norm_direct
+        self.inner.check_overflow = lambda *_, **__: setattr(self.inner, "overflow", self.overflow)
+        self.inner.check_grad_overflow = True
         if self.sharded:
             # DeepSpeed records one trace per root forward; a schedule interleaves forwards and backwards and never repeats it.
             # The trace is taken over the whole optimizer step instead (see `step`): weights stay gathered between neighbouring
@@ -246,12 +251,13 @@ class Zero:
         if self.before_update is not None:
             self.before_update(pieces)
         self._norm = gradients.norm(pieces, self.mesh)
-        self.overflow = self.scale is not None and not math.isfinite(self._norm)
+        overflow = self.scale is not None and not math.isfinite(self._norm)
+        self.overflow = overflow or (self.refuse is not None and self.refuse(self._norm))
         if self._clip and self._clip < self._norm < math.inf:
             gradients.multiply(pieces, self._clip / (self._norm + 1e-6))
         self._step()
         if self.scale:
-            self.scale.update(overflow=self.overflow)
+            self.scale.update(overflow=overflow)
 
     def pieces(self) -> list[Piece]:
         """What this rank owns, parameter by parameter, in a fixed order. Padding is left out."""

@@ -16,7 +16,8 @@ LONGER = {"megalite/config.py": 345, "megalite/data/prepare.py": 302, "megalite/
 DOORS = {
     "deepspeed": {"megalite/parallel/zero.py", "megalite/parallel/mends.py"},
     "torch.distributed.pipelining": {"megalite/parallel/pipeline.py"},
-    "transformers": {"megalite/data/tokenizer.py"},
+    "transformers": {"megalite/data/tokenizer.py", "megalite/convert/importing.py", "megalite/convert/exporting.py"},
+    "huggingface_hub": {"megalite/convert/files.py"},
     "datasets": {"megalite/data/inputs.py"},
     "torch.utils.tensorboard": {"megalite/observe/metrics.py"},
     "tyro": {"megalite/cli.py"},
@@ -27,7 +28,7 @@ ENVIRONMENT = {"megalite/launch.py", "megalite/data/encode.py"}
 
 PUBLIC = {("attention.py", "attention"), ("operators.py", "attend")}  # as many arguments as attention has options
 
-MADE = {"config.yaml", "facts.json", "tokenizer.json"}  # files that runs and preparations write
+MADE = {"config.yaml", "manifest.json", "tokenizer.json"}  # files that runs and preparations write
 THEIRS = {"tools/preprocess_data.py", "preprocess_data.py", "preprocess_data_fast.py", "sitecustomize.py"}  # Megatron-LM's, Python's
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megalite.checkpoint import resume, store
+from megalite.checkpoint import manifest, resume, store
 from megalite.config import Config
 from megalite.errors import UserError
 
@@ -18,11 +17,11 @@ def _config(folder: Path, **sections: Any) -> Config:
     return Config.model_validate({"run": run, "model": {"vocab": 64, **sections.pop("model", {})}, **sections})
 
 
-def _checkpoint(config: Config, step: int, *, folder: Path | None = None) -> Path:
-    """What the store leaves: a folder with facts. The tensors are read later, by the ranks."""
+def _checkpoint(config: Config, step: int, *, folder: Path | None = None, **facts: Any) -> Path:
+    """What the store leaves: a folder with a manifest. The tensors are read later, by the ranks."""
     path = (folder or Path(config.run.folder or "")) / f"checkpoints/step-{step}"
     path.mkdir(parents=True)
-    (path / "facts.json").write_text(json.dumps({"step": step, "config": config.model_dump(mode="json")}))
+    manifest.write(path, {"step": step, "config": config.model_dump(mode="json"), **facts}, files={}, chunks={})
     return path
 
 
@@ -35,13 +34,13 @@ def _refusal(config: Config) -> str:
 
 @pytest.mark.parametrize("asked", ["auto", "none"])
 def test_a_fresh_folder_starts_from_nothing(tmp_path: Path, asked: str) -> None:
-    assert resume.find(_config(tmp_path, checkpoint={"resume": asked})) is None
+    assert resume.find(_config(tmp_path, checkpoint={"resume": asked})) == []
 
 
 def test_auto_takes_the_newest_by_number_not_by_name(tmp_path: Path) -> None:
     config = _config(tmp_path)
     found = [_checkpoint(config, step) for step in (9, 100, 20)]
-    assert resume.find(config) == found[1]
+    assert resume.find(config) == [found[1], found[2], found[0]]
 
 
 @pytest.mark.parametrize("name", ["step-300.partial", "step-300x", "step-", "300", "step-300.partial.old"])
@@ -49,14 +48,14 @@ def test_a_folder_that_is_not_called_step_n_is_never_taken_for_whole(tmp_path: P
     config = _config(tmp_path)
     whole = _checkpoint(config, 2)
     _checkpoint(config, 300).rename(tmp_path / "checkpoints" / name)
-    assert resume.find(config) == whole
+    assert resume.find(config) == [whole]
     assert store.whole(tmp_path / "checkpoints") == [whole]
 
 
-def test_a_folder_without_facts_is_never_taken_for_whole(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_never_taken_for_whole(tmp_path: Path) -> None:
     config = _config(tmp_path)
-    (_checkpoint(config, 4) / "facts.json").unlink()
-    assert resume.find(config) is None
+    (_checkpoint(config, 4) / "manifest.json").unlink()
+    assert resume.find(config) == []
 
 
 def test_none_refuses_a_folder_that_holds_checkpoints(tmp_path: Path) -> None:
@@ -69,7 +68,7 @@ def test_none_refuses_a_folder_that_holds_checkpoints(tmp_path: Path) -> None:
 
 def test_a_named_checkpoint_of_another_run_starts_a_fresh_folder(tmp_path: Path) -> None:
     path = _checkpoint(_config(tmp_path / "first"), 4)
-    assert resume.find(_config(tmp_path / "second", checkpoint={"resume": str(path)})) == path
+    assert resume.find(_config(tmp_path / "second", checkpoint={"resume": str(path)})) == [path]
 
 
 def test_a_named_checkpoint_of_another_run_is_refused_where_the_folder_has_its_own(tmp_path: Path) -> None:
@@ -83,26 +82,64 @@ def test_an_older_checkpoint_of_the_own_folder_may_be_named(tmp_path: Path) -> N
     config = _config(tmp_path)
     older = _checkpoint(config, 2)
     _checkpoint(config, 4)
-    assert resume.find(_config(tmp_path, checkpoint={"resume": str(older)})) == older
+    assert resume.find(_config(tmp_path, checkpoint={"resume": str(older)})) == [older]
 
 
 def test_latest_may_be_named(tmp_path: Path) -> None:
     config = _config(tmp_path)
     path = _checkpoint(config, 2)
     (tmp_path / "checkpoints/latest").symlink_to("step-2")
-    assert resume.find(_config(tmp_path, checkpoint={"resume": str(tmp_path / "checkpoints/latest")})) == path
+    assert resume.find(_config(tmp_path, checkpoint={"resume": str(tmp_path / "checkpoints/latest")})) == [path]
 
 
 def test_a_path_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     said = _refusal(_config(tmp_path, checkpoint={"resume": str(tmp_path / "nothing")}))
-    assert "nothing is no checkpoint: it has no readable facts.json" in said
+    assert "nothing is no checkpoint: it has no manifest.json; name a step-N folder" in said
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 4}', '{"step": "four", "config": {}}', '{"config": {}}', "\udcff"])
-def test_facts_that_cannot_be_read_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 4}', '{"step": 4, "config": {}, "xxh3_128": "0"}', "\udcff"])
+def test_a_manifest_that_cannot_be_read_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     path = _checkpoint(_config(tmp_path), 4)
-    (path / "facts.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert f"{path} is no checkpoint: it has no readable facts.json; remove it" in _refusal(_config(tmp_path))
+    (path / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert f"checkpoint file {path}/manifest.json " in _refusal(_config(tmp_path))
+
+
+@pytest.mark.parametrize("facts", [{"step": "four"}, {"config": None}])
+def test_a_manifest_that_lacks_something_is_refused_in_one_line(tmp_path: Path, facts: dict[str, Any]) -> None:
+    config = _config(tmp_path)
+    path = _checkpoint(config, 4)
+    whole = {"step": 4, "config": config.model_dump(mode="json"), **facts}
+    manifest.write(path, whole, files={}, chunks={})
+    assert f"manifest.json has no {next(iter(facts))}; it was not written by megalite" in _refusal(config)
+
+
+def test_a_damaged_manifest_is_passed_over_for_an_older_checkpoint(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    older, newer = _checkpoint(config, 2), _checkpoint(config, 4)
+    (newer / "manifest.json").write_text("{")
+    assert resume.find(config) == [newer, older]  # the ranks try them in turn, and say what was wrong
+    (older / "manifest.json").write_text("{")
+    assert "step-4/manifest.json cannot be read" in _refusal(config)
+
+
+def test_a_checkpoint_of_another_model_is_refused_though_an_older_one_would_fit(tmp_path: Path) -> None:
+    _checkpoint(_config(tmp_path), 2)
+    _checkpoint(_config(tmp_path, model={"layers": 3}), 4)
+    assert "step-4 was written with model layers = 3" in _refusal(_config(tmp_path))
+
+
+def test_another_tokenizer_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    path = _checkpoint(config, 4, tokenizer="a" * 64)
+    assert resume.find(config, tokenizer="a" * 64) == [path]
+    with pytest.raises(UserError, match=r"written with tokenizer aaaaaaaaaaaa, these shards have bbbbbbbbbbbb; prepare them"):
+        resume.find(config, tokenizer="b" * 64)
+
+
+def test_an_imported_model_goes_on_with_any_data(tmp_path: Path) -> None:
+    path = _checkpoint(_config(tmp_path), 0, imported="gpt2")
+    assert resume.find(_config(tmp_path, run={"seed": 5}, data={"train": ["other"]})) == [path]
+    assert "model layers = 12, this run has layers = 3" in _refusal(_config(tmp_path, model={"layers": 3}))
 
 
 PINNED = [
@@ -143,4 +180,4 @@ def test_what_decides_weights_and_samples_must_not_have_changed(tmp_path: Path, 
 )
 def test_mesh_schedule_precision_and_learning_rate_may_change(tmp_path: Path, change: dict[str, Any]) -> None:
     path = _checkpoint(_config(tmp_path), 4)
-    assert resume.find(_config(tmp_path, **change)) == path
+    assert resume.find(_config(tmp_path, **change)) == [path]

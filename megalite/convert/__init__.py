@@ -1,0 +1,1 @@
+"""Hugging Face, both ways: `importing` and `exporting` are the verbs, gpt2, llama and bert know the names, `files` the format."""

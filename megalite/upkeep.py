@@ -1,0 +1,43 @@
+"""Sections of a run's config that keep it going: what is saved when, and what happens when something goes wrong.
+
+`Section` is what every section of the config is; `config.py` puts them all together.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Checkpoint(Section):
+    every: NonNegativeInt = 500
+    """Steps between two checkpoints; 0: only at the end."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints whose step is a multiple of this stay for good; 0: none does."""
+    keep_best: bool = False
+    """The checkpoint with the lowest validation loss stays, too; only one that was validated at its own step can be it."""
+    background: bool = True
+    """Copy what must be saved, train on, and write meanwhile (a copy of weights and moments in host memory); else wait for the disk."""
+    resume: str = "auto"
+    """auto: the newest whole checkpoint of the run folder; none: refuse a folder that holds some; PATH: that checkpoint."""
+
+
+class Watch(Section):
+    hang: NonNegativeInt = 120
+    """Seconds without a sign of life after which a rank is taken for hung and the run ends, naming it; 0: nobody watches."""
+    bad_step: Literal["stop", "skip", "rewind"] = "stop"
+    """When a loss or gradient norm is not finite, or is a spike. stop: end the run; skip: leave that update out; rewind: go back to the
+    last checkpoint and leave out the batches since."""
+    spike: NonNegativeFloat = 0.0
+    """A loss or gradient norm of more than this many times the median of the last `window` steps is a spike; 0: none is."""
+    window: PositiveInt = 64
+    """Steps that a spike is measured against; as many must have passed first."""
+    allowed: PositiveInt = 10
+    """Updates in a row that may be left out, or times the run may go back, before it ends."""
