@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain pretrain-bert lint test test-all parity fuzz gpu bench-prepare clean
+.PHONY: help install pretrain pretrain-bert lint test test-all parity verify fuzz gpu bench-prepare bench-step bench-checkpoint clean
 
 help:  ## what there is to do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,15 @@ test-all: lint  ## slow tests too: every layout with every model
 
 parity: .venv/.developer  ## every mesh x ZeRO x reduction x schedule x model against one process
 	$(BIN)/python -m pytest tests/parity/test_layouts.py
+
+verify: .venv/.developer  ## `megalite verify` for every recipe on every mesh of the README
+	$(BIN)/python -m pytest -m slow tests/ranks/test_verify_recipes.py
+
+bench-step: .venv/.developer  ## step time on CPU ranks, beside plain DeepSpeed
+	$(BIN)/python tests/bench_step.py
+
+bench-checkpoint: .venv/.developer  ## saving and loading, beside DeepSpeed
+	$(BIN)/python tests/bench_checkpoint.py
 
 fuzz: .venv/.developer  ## 200 layouts drawn at random against one process
 	$(BIN)/python tests/parity/test_fuzz.py --first 0 --draws 200
