@@ -1,11 +1,13 @@
 """What `megalite prepare` does per CPU-second, and the memory it takes, at two input sizes.
 
-In: the .py files of the running Python and of what is installed beside it. Out: a table. Not collected by pytest; run it with
-`python tests/bench_prepare.py [--megabytes 12,48] [--workers 2]`. Start-up (imports, starting a worker, loading the tokenizer)
-is the time of preparing one short document, and is taken off.
+In: the .py files of the running Python and of what is installed beside it, or `--corpus FILE.jsonl`. Out: a table. Not collected by
+pytest; run it with `python tests/bench_prepare.py [--megabytes 12,48] [--workers 2]`. Start-up (imports, starting a worker, loading
+the tokenizer) is the time of preparing one short document, and is taken off. `--tokenizer` makes one of 32,000 entries from the
+corpus (train:bpe and so on), or takes a folder.
 
 With `--against COMMAND`, another program does the same files in turn with ours: the command with {input}, {output} (a prefix),
-{tokenizer} (a folder) and {workers} in it. Then medians and ratio are printed, and whether both wrote the same .bin and .idx.
+{tokenizer} (a folder) and {workers} in it. No sentences are split then, and BERT's tokenizers end a document with [SEP]. Then medians
+and ratio are printed, and whether both wrote the same .bin and .idx.
 """
 
 from __future__ import annotations
@@ -31,8 +33,12 @@ import psutil
 OURS = f"{shlex.quote(sys.executable)} -m megalite prepare {{input}} --output {{output}} --tokenizer {{tokenizer}} --workers {{workers}}"
 
 
-def blocks() -> Iterator[str]:
-    """Source files cut at blank lines into documents of about 2 kB."""
+def documents(corpus: str | None) -> Iterator[str]:
+    """Those of a jsonl file; else source files cut at blank lines into documents of about 2 kB."""
+    if corpus:
+        with Path(corpus).open(encoding="utf-8") as lines:
+            yield from (json.loads(line)["text"] for line in lines)
+        return
     for root in ("stdlib", "purelib"):
         for file in sorted(Path(sysconfig.get_path(root)).rglob("*.py")):
             text = ""
@@ -108,32 +114,38 @@ def compare(commands: dict[str, str], folder: Path, sizes: list[int], *, runs: i
 
 
 def main() -> None:
-    from megalite.data.vocabulary import train_tokenizer
+    from megalite.data.tokenizer import open_tokenizer
+    from megalite.data.vocabulary import TRAINED, train_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", default="12,48")
     parser.add_argument("--workers", default="2")
-    parser.add_argument("--tokenizer", default="train:bpe", help="train:bpe, train:wordpiece, train:unigram; 32000 entries")
+    parser.add_argument("--corpus", help="jsonl file with the text in the field text")
+    parser.add_argument("--tokenizer", default="train:bpe", help="train:bpe, train:wordpiece, train:unigram, or a folder")
     parser.add_argument("--against", help="command of another program, with {input} {output} {tokenizer} {workers}")
     parser.add_argument("--runs", type=int, default=1, help="of every program and size")
     arguments = parser.parse_args()
     commands = {"megalite": OURS} | ({"other": arguments.against} if arguments.against else {})
     if arguments.against:
-        commands["megalite"] += " --splits 1,0,0"
+        commands["megalite"] += " --splits 1,0,0 --split-sentences false"
     sizes = [int(size) * 10**6 for size in arguments.megabytes.split(",")]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = {size: (folder / f"{size}.jsonl").open("w", encoding="utf-8") for size in [1000, *sizes]}
         sample: list[str] = []
-        for text in blocks():
+        for text in documents(arguments.corpus):
             if len(sample) < 8000:
                 sample.append(text)
             for size, file in files.items():
                 if file.tell() < size:
-                    file.write(json.dumps({"text": text}) + "\n")
+                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         for file in files.values():
             file.close()
-        train_tokenizer(arguments.tokenizer, sample, vocab_size=32000).save(folder / "tokenizer")
+        is_new = arguments.tokenizer in TRAINED
+        tokenizer = train_tokenizer(arguments.tokenizer, sample, vocab_size=32000) if is_new else open_tokenizer(arguments.tokenizer)
+        if "sep" in tokenizer.special:
+            tokenizer.special.setdefault("eos", tokenizer.special["sep"])
+        tokenizer.save(folder / "tokenizer")
         compare(commands, folder, list(files), runs=arguments.runs, workers=arguments.workers)
 
 

@@ -76,7 +76,8 @@ class Cuts:
         answers = self._table[16 * kinds + follower]
         if self._joins:
             at = np.flatnonzero(answers == MERGES)
-            answers[at] = np.array([CUT, MERGES, NO], np.uint8)[self._joins.between(codes[at], codes[at + 1])]
+            whole = MERGES if isinstance(self.simple, Merges) else NO
+            answers[at] = np.array([CUT, whole, NO], np.uint8)[self._joins.between(codes[at], codes[at + 1])]
         white = self._white[kinds]
         strange = np.flatnonzero((kinds[:-1] == UNKNOWN) & white[1:]) + 1  # perhaps not the first of its white space
         answers[strange] = NO

@@ -27,7 +27,12 @@ FAR = "\u0250"  # the first character beyond Latin
 CHARACTERS = 0x110000
 APART, WHOLE, PARTLY = range(3)  # not joined; joined, whole characters only; joined, parts of characters too
 SEVERAL, NOTHING = -1, -2  # in place of the id of a character that is several tokens, or none
+KEYS = 1 << 14  # of 16 bits; Chinese vocabularies have some 8,000
 LAST = np.iinfo(np.int32).max  # the rank of two tokens that do not merge
+
+
+class TooMany(Exception):
+    """More characters are joined than there is room for."""
 
 
 class Joins:
@@ -43,6 +48,8 @@ class Joins:
         loners = [_characters(entry) for entry in unreachable]
         self._rows = _numbered([left for left, _ in pairs] + [characters[-1] for characters in loners])
         self._columns = _numbered([right for _, right in pairs] + [characters[0] for characters in loners])
+        if max(len(self._rows), len(self._columns)) > KEYS:
+            raise TooMany
         joined = np.zeros((2, len(self._rows), len(self._columns)), bool)  # at all, in part
         for left, right in pairs:
             place = self._rows[left], self._columns[right]
@@ -220,7 +227,10 @@ def read_model(backend: tokenizers.Tokenizer) -> tuple[Joins, Merges | None] | N
     entries = {piece: text.encode("latin-1") for piece, text in spelled.items() if piece and max(text) <= "\xff"}
     unreachable = [entries[piece] for piece in _unreachable(model, vocabulary) if piece in entries]
     written = (merge.split(" ") if isinstance(merge, str) else merge for merge in json.loads(model.__getstate__())["merges"])
-    joins = Joins(entries.values(), unreachable)
+    try:
+        joins = Joins(entries.values(), unreachable)
+    except TooMany:
+        return None
     merges = Merges(vocabulary, [(left, right) for left, right in written], byte_of, joins)
     return joins, merges if merges.sound else None
 

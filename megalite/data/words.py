@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,9 +70,12 @@ class Words:
         if self._held > MEMORY:
             self._known.clear()
             self._held = 0
-        missing = list({part for part in parts if part not in self._known})
-        if missing:
+        found: list[Any] = list(map(self._known.get, parts))
+        gaps = [at for at, ids in enumerate(found) if ids is None]
+        if gaps:
+            missing = list({parts[at] for at in gaps})
             self._known.update(zip(missing, self._encode(missing), strict=True))
             self._held += sum(200 + 8 * len(part) for part in missing)
-        found = list(map(self._known.__getitem__, parts))
+            for at in gaps:
+                found[at] = self._known[parts[at]]
         return np.frombuffer(bytearray().join(found), np.int32), np.fromiter(map(len, found), np.int64, len(found)) // 4

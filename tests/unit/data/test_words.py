@@ -172,9 +172,17 @@ def test_merges_out_of_order_are_left_to_the_tokenizer(byte_level):
     written = state["model"]["merges"]
     at = next(i for i, (left, right) in enumerate(map(tuple, written)) if merges._word(left, right, merges._byte_of_letter()))
     written.insert(0, written.pop(at))
-    joins, found = merges.read_model(Fast.from_str(json.dumps(state))) or (None, None)
+    fast = Fast.from_str(json.dumps(state))
+    joins, found = merges.read_model(fast) or (None, None)
     assert joins is not None
     assert found is None
+    check(HuggingFace(fast, {}), [*SPOKEN, "自由平等，自由。\n自由，。平等"])
+
+
+def test_a_vocabulary_of_too_many_characters_is_cut_between_words_only(byte_level, monkeypatch):
+    monkeypatch.setattr(merges, "KEYS", 10)
+    assert merges.read_model(byte_level) is None
+    check(HuggingFace(byte_level, {}), SPOKEN)
 
 
 @pytest.mark.parametrize("change", ["prefix", "lower", "dropout", "pattern", "added", "short", "bert normalizer"])
