@@ -34,7 +34,7 @@ def _document(name: str, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - QUANTIZED))
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("gpipe", marks=pytest.mark.slow)])
 def test_a_shipped_configuration_computes_what_one_process_computes(name: str, schedule: str, tmp_path: Path) -> None:
     config = config_of(dp=2, pp=2, tp=2, schedule=schedule)
     if name == "zeropp":
