@@ -21,7 +21,7 @@ import numpy as np
 
 from megalite.data.cuts import cuts_of
 from megalite.data.manifest import Manifest, output_of, write_atomically
-from megalite.data.words import Words
+from megalite.data.words import Words, groups
 from megalite.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Tokenizer:
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """All ids in a row, and how many each text has: for text by the MB."""
-        return self._without_special(texts, *self._encode_flat(texts))
+        flats, lengths = zip(*(self._without_special(group, *self._encode_flat(group)) for group in groups(texts)), strict=True)
+        return np.concatenate(flats), np.concatenate(lengths)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One array of ids a text, without any special token."""

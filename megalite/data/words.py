@@ -8,7 +8,8 @@ in Chinese, which repeats fewer, need neither (`merges.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,15 @@ import numpy as np
 from megalite.data.cuts import CUT, NO, Cuts
 from megalite.data.merges import NOTHING, SEVERAL
 
+GROUP = 1 << 18  # characters encoded at once; each takes some tens of bytes meanwhile
 MEMORY = 32 << 20  # bytes, about, that the known parts may take
+
+
+def groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Neighbours, together of some GROUP characters."""
+    number = np.cumsum([0, *map(len, texts)])[:-1] // GROUP
+    cuts = (np.flatnonzero(np.diff(number)) + 1).tolist()
+    return (texts[begin:end] for begin, end in pairwise([0, *cuts, len(texts)]))
 
 
 class Words:

@@ -124,6 +124,18 @@ def test_real_text_of_many_scripts_has_the_ids_that_the_tokenizer_gives(tokenize
         check(tokenizer, batch)
 
 
+def test_text_is_encoded_in_groups_of_neighbours(tokenizer, texts, monkeypatch):
+    batch = ["", *texts[:10], "", *SPOKEN, texts[11] * 3, ""]
+    flat, lengths = tokenizer.encode_flat(batch)
+    monkeypatch.setattr(words, "GROUP", 3000)
+    assert len(list(words.groups(batch))) > 5
+    again = tokenizer.encode_flat(batch)
+    assert (again[0] == flat).all()
+    assert (again[1] == lengths).all()
+    assert max(sum(map(len, group)) for group in words.groups(batch)) < 3000 + 15_000
+    assert [len(part) for part in tokenizer.encode_flat([])] == [0, 0]
+
+
 def test_every_character_has_the_ids_that_the_tokenizer_gives_between_any_neighbours(tokenizer):
     """Of every code point, also those that Python and the tokenizer know from different versions of Unicode."""
     codes = [code for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000 and (code < 0x3100 or code % 61 == 0)]
