@@ -1,6 +1,7 @@
 """What megalite needs and what it installs; tool settings live in pyproject.toml.
 
-The folder kernels/ is installed as `megalite_kernels`: the name `kernels` belongs to a Hugging Face package that transformers imports.
+The folder kernels/ is installed as `megalite_kernels`: the name `kernels` belongs to a Hugging Face package that transformers imports. The
+files of ds_configs/ go along as `megalite_ds_configs`, so that `--deepspeed zero3` works from a wheel too.
 """
 
 from setuptools import find_packages, setup
@@ -11,9 +12,9 @@ setup(
     description="Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor parallelism",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite_kernels"],
-    package_dir={"megalite_kernels": "kernels"},
-    package_data={"megalite": ["recipes/*.yaml"], "megalite_kernels": ["tables.json"]},
+    packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite_kernels", "megalite_ds_configs"],
+    package_dir={"megalite_kernels": "kernels", "megalite_ds_configs": "ds_configs"},
+    package_data={"megalite": ["recipes/*.yaml"], "megalite_kernels": ["tables.json"], "megalite_ds_configs": ["*.json"]},
     install_requires=[
         "torch>=2.13",
         "deepspeed==0.19.8",

@@ -80,6 +80,8 @@ def read_document(config: Config) -> dict[str, Any]:
 
 def _find_document(name: str) -> Path:
     shipped = Path(__file__).parent.parent / "ds_configs"
+    if not shipped.is_dir():
+        shipped = shipped.with_name("megalite_ds_configs")  # as a wheel installs it, see setup.py
     given = Path(name)
     # ds_configs/FILE.json also from another working directory; any other folder is the user's own
     beside = [shipped / given.name] if given.parent in (Path(), Path("ds_configs")) else []
