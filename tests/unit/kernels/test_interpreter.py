@@ -18,7 +18,7 @@ SUITES = {"test_masks.py": 180, "test_features.py": 70, "test_operators.py": 10}
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_the_kernels_are_right_in_the_interpreter(suite: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / suite)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FOLDER / suite)]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
