@@ -147,6 +147,7 @@ def test_a_missing_index_is_refused_in_one_line_that_names_it(checkpoint: Path, 
     assert name in _refusal(checkpoint)
 
 
+@pytest.mark.slow
 def test_an_index_wrong_anywhere_is_never_a_traceback_though_its_checksum_fits(checkpoint: Path) -> None:
     """Cut off at many lengths, and a byte changed in three hundred places: read, or refused in one line."""
     path = checkpoint / ".metadata"

@@ -128,6 +128,7 @@ def _check(model: str, sources: list[str], targets: list[str], folder: Path, *, 
                 assert ours == theirs, f"{layout}: not bit for bit"
 
 
+@pytest.mark.slow
 def test_three_layouts_each_to_each_and_twenty_steps_on(tmp_path: Path) -> None:
     chosen = random.Random(5).sample(list(LAYOUTS), 3)
     _check("llama, tied", chosen, chosen, tmp_path, steps=20)
