@@ -2,7 +2,7 @@
 
 That covers causal and bidirectional attention, padding, packed documents, sliding windows, prefixes and the shards of context
 parallelism. A kernel needs four numbers a tile to know which tiles to skip and which to compute without a mask. In: what the mask means.
-Out: `Spans`, 16 bytes a token, built on the device without asking it anything, once a batch for all layers. What no span can say
+Out: `Spans`, 16 bytes a token, built on the device without asking it anything, and good for all layers of a batch. What no span can say
 (a key in the middle that one row skips) needs another kernel.
 
 Shapes: b batch, s query rows, n keys. FlashMask (Wang et al. 2024, arXiv:2410.01359) keeps bounds a column; here they are kept both ways.
