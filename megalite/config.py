@@ -10,14 +10,10 @@ offload, communication and whatever else DeepSpeed offers (see `ds_config.py`).
 
 from __future__ import annotations
 
-import difflib
 import math
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     Field,
@@ -30,7 +26,11 @@ from pydantic import (
 )
 
 from megalite.errors import UserError
+from megalite.runfile import merge, read, recipes, suggest
+from megalite.task import Task
 from megalite.upkeep import Checkpoint, Section, Watch
+
+__all__ = ["Config", "Model", "Section", "explain", "load", "merge", "parse", "read", "recipes", "run_folder", "suggest"]
 
 CHUNKED = ("interleaved", "looped")  # schedules under which a rank holds several chunks of layers
 SPLIT_BACKWARD = ("zerobubble", "zbv", "dualpipev")  # torch has them too
@@ -81,6 +81,10 @@ class Model(Section):
     """Share of the elements dropped after the embedding and after attention and MLP of every block, in training."""
     attention_dropout: Share = 0.0
     """Share of the attention probabilities dropped, in training; needs memory for all s x s of them."""
+    head: Literal["pretrain", "classify", "regress", "tag"] = "pretrain"
+    """What the trunk ends in; `megalite finetune` sets it."""
+    labels: PositiveInt = 1
+    """Numbers a classify, regress or tag head puts out."""
 
     @property
     def head_width(self) -> int:
@@ -238,6 +242,8 @@ class Config(Section):
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     watch: Watch = Watch()
+    task: Task | None = None
+    """What `megalite finetune` trains for."""
 
     @property
     def num_chunks(self) -> int:
@@ -260,46 +266,12 @@ def run_folder(config: Config) -> Path:
     return Path(config.run.folder or f"runs/{config.name}")
 
 
-RECIPES = resources.files("megalite") / "recipes"
-
-
-def recipes() -> list[str]:
-    """Names of the recipes that come with megalite."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
-
-
 def load(name: str, *, overrides: dict[str, Any] | None = None) -> Config:
     """A recipe by name, or a run file by path, with `overrides` (a nested mapping) on top: default < file < flag.
 
     Raises UserError for a name that is neither, and for keys and values that no section knows.
     """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"run file {name} does not exist; name a recipe ({', '.join(recipes())}) or an existing .yaml file")
-        source: Traversable = path
-    elif name in recipes():
-        source = RECIPES / f"{name}.yaml"
-    else:
-        raise UserError(f"no recipe is called {name!r}{suggest(name, recipes())}; the recipes are {', '.join(recipes())}")
-    try:
-        document = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{name} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{name} holds a {type(document).__name__}, but a run is a mapping of sections; see the recipes for examples")
-    return parse(_merge({"name": path.stem, **document}, overrides or {}), source=name)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        if isinstance(value, dict) and (under is None or isinstance(under, dict)):
-            merged[key] = _merge(under or {}, value)
-        elif not isinstance(value, dict):
-            merged[key] = value  # else the file has no section there, and `parse` says so
-    return merged
+    return parse(merge(read(name), overrides or {}), source=name)
 
 
 def parse(document: dict[str, Any], *, source: str) -> Config:
@@ -318,7 +290,8 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
         if detail["type"] == "extra_forbidden":
             section: Any = schema
             for part in detail["loc"][:-1]:
-                section = section.model_fields[part].annotation
+                kind = section.model_fields[part].annotation
+                section = next((each for each in get_args(kind) if hasattr(each, "model_fields")), kind)  # `Section | None`
             found.append(f"{path} is no setting{suggest(str(detail['loc'][-1]), list(section.model_fields))}")
         elif isinstance(reason := detail.get("ctx", {}).get("error"), UserError):
             found.append(str(reason))
@@ -327,9 +300,3 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
         else:
             found.append(f"{path} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}")
     return "; ".join(found)
-
-
-def suggest(wrong: str, known: list[str]) -> str:
-    """The nearest known name, as the end of an error message; nothing where none is near."""
-    near = difflib.get_close_matches(wrong, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megalite import models, optim
 from megalite.config import Config
 from megalite.mesh import Mesh
-from megalite.models import counts
+from megalite.models import counts as costing
 from megalite.models.attention import positions_in
 from megalite.models.batch import HIDDEN, TOKENS
 from megalite.parallel import mends, stages, tensor, zero
@@ -103,22 +103,30 @@ class Engine:
             sequence_parallel=config.train.sequence_parallel,
             folder=zero.offload_folder(document),
         )
-        rows = (config.train.micro_batch, config.sequence // math.prod(config.sequence_parts.values()))
-        self.pipeline = Pipeline(
-            self.zero,
-            mesh=mesh,
-            schedule=config.train.schedule,
-            num_chunks=config.num_chunks,
-            num_microbatches=self.num_microbatches,
-            ids=torch.empty(config.train.micro_batch, config.sequence // mesh.cp, dtype=torch.int64, device="meta"),
-            hidden=torch.empty(*rows, config.model.width, dtype=self.dtype, device="meta"),
-            loss=torch.empty(len(models.parts(config.model)), device="meta"),
-        )
+        self.pipelines: dict[int, Pipeline] = {}
+        self.pipeline = self._pipeline(config.sequence)
+
+    def _pipeline(self, sequence: int) -> Pipeline:
+        """The pipeline for samples of this length: what travels between stages has one shape in each."""
+        if sequence not in self.pipelines:
+            config, mesh = self.config, self.mesh
+            rows = (config.train.micro_batch, sequence // math.prod(config.sequence_parts.values()))
+            self.pipelines[sequence] = Pipeline(
+                self.zero,
+                mesh=mesh,
+                schedule=config.train.schedule,
+                num_chunks=config.num_chunks,
+                num_microbatches=self.num_microbatches,
+                ids=torch.empty(config.train.micro_batch, sequence // mesh.cp, dtype=torch.int64, device="meta"),
+                hidden=torch.empty(*rows, config.model.width, dtype=self.dtype, device="meta"),
+                loss=torch.empty(len(models.parts(config.model)), device="meta"),
+            )
+        return self.pipelines[sequence]
 
     def _build(self, *, shard: bool, configuration: dict[str, Any]) -> Stage:
         model, mesh = self.config.model, self.mesh
         layers, plan, tied = models.layers(model), models.plan(model), models.tied(model)
-        costs = counts.layer_costs(model, self.config.sequence)
+        costs = costing.layer_costs(model, self.config.sequence)
         mine = stages.assign(costs, mesh.pp * self.config.num_chunks)[mesh.pp_rank :: mesh.pp]
         chunks: list[dict[str, nn.Module]] = [{} for _ in mine]
         known: dict[str, nn.Parameter] = {}
@@ -176,7 +184,7 @@ class Engine:
         """Take optimizer step number `step` (from 0) on this rank's microbatches of the global batch."""
         settings = self.config
         lr = optim.learning_rate(step, settings.optimizer, settings.train.steps)
-        losses = self.pipeline.train(list(self._deal(microbatches, step=step)))
+        losses = self._pipeline(length_of(microbatches)).train(list(self._deal(microbatches, step=step)))
         norm = self.zero.update(lr=lr, clip=settings.train.clip)
         return Report(parts=self._mean(losses), grad_norm=norm, lr=lr, skipped=self.zero.overflow)
 
@@ -192,23 +200,37 @@ class Engine:
 
     def validate(self, microbatches: list[Batch]) -> dict[str, float]:
         """The parts of the mean loss over one global batch, forward alone."""
-        return self._mean(self.pipeline.validate(list(self._deal(microbatches))))
+        return self._mean(self._pipeline(length_of(microbatches)).validate(list(self._deal(microbatches))))
+
+    def predict(self, microbatches: list[Batch]) -> tuple[dict[str, float], list[Tensor]]:
+        """`validate`, and on the last stage what a task's head put out for each microbatch (nothing elsewhere)."""
+        module: Any = self.zero.engine.module
+        head: Any = module.get_submodule("head") if self.mesh.last_stage else None
+        if head is not None:
+            head.answers = []
+        found = self.validate(microbatches)
+        answers = []
+        if head is not None:
+            answers, head.answers = head.answers, None
+        return found, answers
 
     def _deal(self, microbatches: list[Batch], *, step: int | None = None) -> Iterator[Batch]:
         """This rank's part of every sequence, with what every target counts in the mean over the global batch, on every stage alike.
 
-        The number of targets of a BERT batch differs from rank to rank; the mean is over all of them. DeepSpeed averages gradients
+        The number of targets of a BERT batch differs from rank to rank, and samples may count differently; the mean is over all of them.
+        DeepSpeed averages gradients
         over the ranks that hold the same weights, so the weights of a rank's targets add up to their number times its share. A step's
         number switches dropout on.
         """
         mesh, sequence_parallel = self.mesh, self.config.train.sequence_parallel
         batches = [{name: value.to(mesh.device, non_blocking=True) for name, value in batch.items()} for batch in microbatches]
-        targets = torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum()
+        targets = torch.stack([models.weigh(batch)[1].sum() for batch in batches]).sum()
         dist.all_reduce(targets, group=mesh.group("dp"))
         first = mesh.dp_rank * len(batches)
         begins = mesh.cp_rank == 0 and not (sequence_parallel and mesh.tp_rank)  # whether this rank has the tokens that pairs are judged by
         for number, batch in enumerate(batches, start=first):
-            batch["weights"] = (batch["labels"] != -100) * (mesh.num_copies / targets)
+            name, counts = models.weigh(batch)
+            batch[name] = counts * (mesh.num_copies / targets)
             if "next_sentence" in batch:
                 share = begins * mesh.num_copies / self.config.train.global_batch
                 batch["pair_weights"] = torch.full(batch["next_sentence"].shape, share, device=mesh.device)
@@ -228,6 +250,19 @@ class Engine:
             total = torch.stack(losses).sum(0) / self.mesh.num_copies
         dist.all_reduce(total)
         return dict(zip(names, total.tolist(), strict=True))
+
+
+def start_mesh(config: Config, rank: int) -> Mesh:
+    """The mesh of this config on the ranks that run."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    assert config.mesh.dp is not None and rank == dist.get_rank()
+    return Mesh.start(**config.mesh.degrees, device=device)
+
+
+def length_of(microbatches: list[Batch]) -> int:
+    """How long the samples of a step are."""
+    return microbatches[0]["ids"].shape[1]
 
 
 def _trim_heap() -> None:

@@ -29,6 +29,7 @@ def resolve_mesh(config: Config, world: int) -> Config:
     _check_stages(config)
     _check_batch(config)
     _check_sequence(config)
+    _check_head(config)
     if config.model.vocab is not None and config.model.vocab < mesh.tp:
         raise UserError(f"model.vocab = {config.model.vocab} is smaller than mesh.tp = {mesh.tp}; lower mesh.tp")
     return config
@@ -77,6 +78,16 @@ def _check_batch(config: Config) -> None:
         raise UserError(f"{made} cannot fill mesh.pp = {mesh.pp} stages under 1f1b; raise train.global_batch or lower train.micro_batch")
     if train.schedule == "interleaved" and microbatches % max(1, microbatches // mesh.pp):
         raise UserError(f"{made} are no equal rounds of about mesh.pp = {mesh.pp}, which interleaved needs; change train.global_batch")
+
+
+def _check_head(config: Config) -> None:
+    if config.model.head != "pretrain":
+        for name, degree in config.sequence_parts.items():
+            if degree > 1:
+                raise UserError(
+                    f"model.head = {config.model.head} judges whole sequences, but {name} = {degree} ranks would split them; "
+                    "set mesh.cp to 1 and leave train.sequence_parallel out"
+                )
 
 
 def _check_sequence(config: Config) -> None:

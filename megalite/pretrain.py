@@ -49,19 +49,20 @@ def pretrain(config: Config, *, command: str) -> None:
             write_config(config)
         if is_finished(config):
             if launch.is_rank_zero():
-                _print(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
+                say(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
         else:
-            warm = ("megalite.train", "torch.utils.tensorboard", functools.partial(_check, document))
+            warm = ("megalite.train", "torch.utils.tensorboard", functools.partial(check_document, document))
             stopped = launch.start(config, _train, warm=warm)
             if stopped:
                 if launch.is_rank_zero():
-                    _print(f"{stopped}: saved, and ended with exit code {UNFINISHED}; the same command goes on from there")
+                    say(f"{stopped}: saved, and ended with exit code {UNFINISHED}; the same command goes on from there")
                 raise SystemExit(UNFINISHED)
     if launch.is_rank_zero():
         report(config, command=command)
 
 
-def _check(document: dict[str, Any]) -> None:
+def check_document(document: dict[str, Any]) -> None:
+    """Whether DeepSpeed knows what the JSON says."""
     from megalite.parallel import zero
 
     zero.check(document)
@@ -79,7 +80,8 @@ def is_finished(config: Config) -> bool:
     """Whether the last step stands in a checkpoint."""
     done = whole(run_folder(config) / "checkpoints")
     try:
-        return bool(done) and read_facts(done[-1])["step"] >= config.train.steps
+        facts = read_facts(done[-1]) if done else {"step": -1}
+        return facts["step"] >= config.train.steps or bool(facts.get("done"))
     except Damaged:  # the ranks take an older one, and say so
         return False
 
@@ -123,14 +125,14 @@ def report(config: Config, *, command: str) -> None:
     held_out = open_valid(config.data, model=config.model)
     if valid and held_out:
         entropy = unigram_entropy(held_out.shards[0])
-        _print(f"validation loss {valid['tokens']:.3f} nats a token; the unigram entropy of {held_out.shards[0].prefix} is {entropy:.3f}")
-    _print(sample(config, checkpoint))
-    _print(f"run folder   {folder}/ (config.yaml, metrics.jsonl, logs/)")
-    _print(f"checkpoint   {checkpoint}/")
-    _print(f"resume       {_program('megalite')} {command}   (stopped or killed: it goes on where it was)")
-    _print(f"curves       {_program('tensorboard')} --logdir {folder}/tensorboard")
+        say(f"validation loss {valid['tokens']:.3f} nats a token; the unigram entropy of {held_out.shards[0].prefix} is {entropy:.3f}")
+    say(sample(config, checkpoint))
+    say(f"run folder   {folder}/ (config.yaml, metrics.jsonl, logs/)")
+    say(f"checkpoint   {checkpoint}/")
+    say(f"resume       {_program('megalite')} {command}   (stopped or killed: it goes on where it was)")
+    say(f"curves       {_program('tensorboard')} --logdir {folder}/tensorboard")
     if config.name == "gpt-tiny":
-        _print(f"train BERT   {_program('megalite')} train bert-tiny")
+        say(f"train BERT   {_program('megalite')} train bert-tiny")
 
 
 def _program(name: str) -> str:
@@ -158,5 +160,6 @@ def sample(config: Config, checkpoint: Path) -> str:
     return "sample       masked -> filled in: " + ", ".join(f"{json.dumps(a)} -> {json.dumps(b)}" for a, b in pairs)
 
 
-def _print(line: str) -> None:
+def say(line: str) -> None:
+    """On the console, plainly."""
     open_console().print(line, markup=False)

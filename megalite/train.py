@@ -7,8 +7,9 @@ resumes from the newest checkpoint; every sample, weight and number is then what
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -20,9 +21,10 @@ from megalite import hardware, models
 from megalite.checkpoint.resume import find, newest, pass_over
 from megalite.checkpoint.store import Damaged, Store
 from megalite.config import Config, run_folder
-from megalite.data.loader import Loader, Opened, open_train, open_valid
+from megalite.data.loader import Loader, Source, open_train, open_valid
+from megalite.data.tokenizer import Tokenizer
 from megalite.ds_config import read_document
-from megalite.engine import Engine
+from megalite.engine import Engine, start_mesh
 from megalite.errors import UserError
 from megalite.evaluate.validate import validate
 from megalite.mesh import Mesh
@@ -34,32 +36,51 @@ from megalite.observe.watch import Watch
 LOG = logging.getLogger(__name__)
 
 
+Judge = Callable[[Engine], dict[str, Any]]
+"""Validates: {"valid": the parts of the mean loss}, and for a task "scores" and "score", by which the best checkpoint is chosen."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run learns from and is judged by."""
+
+    source: Source
+    tokenizer: Tokenizer | None
+    length: float
+    """Mean tokens of a sample, its padding included."""
+    judge: Callable[[], AbstractContextManager[Judge | None]]
+
+
 @dataclass
 class Run:
-    """Everything that lives as long as the ranks do."""
+    """Everything that lives as long as the ranks do; `best` is the score and step of the best validation, and how many came since."""
 
     config: Config
     mesh: Mesh
     engine: Engine
-    opened: Opened
+    material: Material
     store: Store
     guard: Guard
     watch: Watch
+    best: dict[str, Any] = field(default_factory=dict)
+    done: bool = False
 
 
-def train(config: Config, rank: int) -> str | None:
-    """Train on this rank until config.train.steps; returns the name of the signal that ended it earlier, or None."""
+def train(config: Config, rank: int, *, open_material: Callable[[Config, Mesh], Material] | None = None) -> str | None:
+    """Train on this rank until config.train.steps, or until it stops getting better where the task says so; returns the name of the signal
+    that ended it earlier, or None. `open_material`: what is learned where it is no pretraining.
+    """
     mesh = start_mesh(config, rank)
     engine, guard = Engine(config, mesh, document=read_document(config)), Guard(config.watch)
     engine.zero.refuse = guard.refuses if config.watch.bad_step == "skip" else None
-    opened = open_train(config.data, model=config.model, seed=config.run.seed)
+    material = (open_material or open_pretraining)(config, mesh)
     with (
         Store(run_folder(config) / "checkpoints", config.checkpoint, tied=models.tied(config.model)) as store,
         Watch(config.watch) as watch,
     ):
-        run = Run(config, mesh, engine, opened, store, guard, watch)
+        run = Run(config, mesh, engine, material, store, guard, watch)
         step, stopped = resume(run, find), None
-        while step < config.train.steps and not stopped:
+        while step < config.train.steps and not stopped and not run.done:
             try:
                 step, stopped = advance(run, step)
             except Rewind as bad:
@@ -74,19 +95,19 @@ def advance(run: Run, step: int) -> tuple[int, str | None]:
     config, engine, stopped = run.config, run.engine, None
     valid: dict[str, Any] = {"valid": {}, "valid_step": None}
     with (
-        deal(config, run.mesh, run.opened) as loader,
-        open_validation(config, run.mesh) as held_out,
+        deal(config, run.mesh, run.material.source) as loader,
+        run.material.judge() as judge,
         Metrics(
             run_folder(config),
             rank=run.mesh.rank,
             world=run.mesh.world,
             total_steps=config.train.steps,
-            yardstick=measure(config, run.mesh),
+            yardstick=measure(config, run.mesh, run.material.length),
             log=config.log,
             start_step=step,
         ) as metrics,
     ):
-        while step < config.train.steps and not stopped:
+        while step < config.train.steps and not stopped and not run.done:
             run.watch.enter(f"step {step + 1}")
             report = engine.step(step, loader.step(step + run.guard.shift))
             step += 1
@@ -95,16 +116,32 @@ def advance(run: Run, step: int) -> tuple[int, str | None]:
                 metrics.skipped(step, engine.state().get("value"))
             metrics.step(step, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr)
             stopped = run.watch.signal()
-            if held_out and not stopped and due(step, config.validation.every, config):
+            if judge and not stopped and due(step, config.validation.every, config):
                 run.watch.enter(f"validation after step {step}")
                 with metrics.pause():
-                    valid = {"valid": validate(engine, held_out, batches=config.validation.batches), "valid_step": step}
-                metrics.valid(step, sum(valid["valid"].values()))
-            if stopped or due(step, config.checkpoint.every, config):
+                    valid = {**judge(engine), "valid_step": step}
+                metrics.valid(step, sum(valid["valid"].values()), valid.get("scores", {}))
+                run.done = improves(run, step, valid.get("score"))
+            if stopped or run.done or due(step, config.checkpoint.every, config):
                 run.watch.enter(f"saving step {step}")
                 with metrics.pause():
                     run.store.save(step, engine.zero.pieces(), {**facts(run), **valid})
     return step, stopped
+
+
+def improves(run: Run, step: int, score: float | None) -> bool:
+    """Note the score; whether so many came since the best that training is done."""
+    if score is None or run.config.task is None:
+        return False
+    if not run.best or score > run.best["score"]:
+        run.best = {"score": score, "step": step, "since": 0}
+    else:
+        run.best["since"] += 1
+    patience = run.config.task.patience
+    done = 0 < patience <= run.best["since"]
+    if done and dist.get_rank() == 0:
+        LOG.info("no better score than that of step %d in %d validations: done", run.best["step"], patience)
+    return done
 
 
 def due(step: int, every: int, config: Config) -> bool:
@@ -127,6 +164,7 @@ def resume(run: Run, find: Any) -> int:
                 LOG.warning("%s", pass_over(error))
         else:
             run.guard.restore(said.get("guard", {}))
+            run.best, run.done = said.get("best", {}), said.get("done", False)
             run.engine.restore(said["step"] - run.guard.skipped, said.get("state", {}))
             return said["step"]
     return 0
@@ -143,40 +181,46 @@ def rewind(run: Run, bad: Rewind) -> int:
 
 def facts(run: Run) -> dict[str, Any]:
     """What a checkpoint says of the run that wrote it."""
-    tokenizer = run.opened.tokenizer
+    tokenizer = run.material.tokenizer
     return {
         "config": run.config.model_dump(mode="json"),
         "state": run.engine.state(),
         "guard": run.guard.state(),
+        "best": run.best,
+        "done": run.done,
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
         "mesh": run.config.mesh.model_dump(mode="json"),
         "versions": {"megalite": megalite.__version__, "torch": torch.__version__, "deepspeed": version("deepspeed")},
     }
 
 
-def start_mesh(config: Config, rank: int) -> Mesh:
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    assert config.mesh.dp is not None and rank == dist.get_rank()
-    return Mesh.start(**config.mesh.degrees, device=device)
+def open_pretraining(config: Config, mesh: Mesh) -> Material:
+    """Shards: the blend of all to train on, one in order to validate on."""
+    opened = open_train(config.data, model=config.model, seed=config.run.seed)
+    held_out = open_valid(config.data, model=config.model)
+
+    @contextmanager
+    def judge() -> Iterator[Judge | None]:
+        if held_out is None:
+            yield None
+            return
+        with deal(config, mesh, held_out.source) as loader:
+            yield lambda engine: {"valid": validate(engine, loader, batches=config.validation.batches)}
+
+    return Material(opened.source, opened.tokenizer, config.sequence, judge)
 
 
-def open_validation(config: Config, mesh: Mesh) -> AbstractContextManager[Loader | None]:
-    opened = open_valid(config.data, model=config.model)
-    return deal(config, mesh, opened) if opened else nullcontext()
-
-
-def deal(config: Config, mesh: Mesh, opened: Opened) -> Loader:
+def deal(config: Config, mesh: Mesh, source: Source) -> Loader:
     """This rank's microbatches of those samples."""
     batch = config.train
-    return Loader(opened.source, global_batch=batch.global_batch, micro_batch=batch.micro_batch, dp=mesh.dp, dp_rank=mesh.dp_rank)
+    return Loader(source, global_batch=batch.global_batch, micro_batch=batch.micro_batch, dp=mesh.dp, dp_rank=mesh.dp_rank)
 
 
-def measure(config: Config, mesh: Mesh) -> Yardstick:
+def measure(config: Config, mesh: Mesh, length: float) -> Yardstick:
     """Tokens and FLOPs of a step, and this GPU's peak where it is known."""
     gpu = hardware.find(torch.cuda.get_device_name(mesh.device)) if mesh.device.type == "cuda" else None
     return Yardstick(
-        tokens_per_step=config.train.global_batch * config.sequence,
-        flops_per_step=counts.step_flops(config.model, config.sequence, config.train.global_batch),
+        tokens_per_step=round(config.train.global_batch * length),
+        flops_per_step=counts.step_flops(config.model, round(length), config.train.global_batch),
         peak_flops=gpu.peak(config.train.precision) if gpu else None,
     )

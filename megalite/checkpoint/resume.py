@@ -14,7 +14,7 @@ from megalite.checkpoint.retention import whole
 from megalite.config import Config, parse, run_folder
 from megalite.errors import UserError
 
-PINNED = ("model", "run.seed", "train.global_batch", "data.train", "data.sequence", "data.whole_word", "data.mask_fraction")
+PINNED = ("model", "run.seed", "train.global_batch", "data.train", "data.sequence", "data.whole_word", "data.mask_fraction", "task")
 
 
 def find(config: Config, *, tokenizer: str | None = None) -> list[Path]:
@@ -84,7 +84,7 @@ def _at(config: Config, name: str) -> Any:
 
 def _show(value: Any, other: Any) -> str:
     """A value; of a section only what differs."""
-    if not hasattr(value, "model_dump"):
+    if not hasattr(value, "model_dump") or not hasattr(other, "model_dump"):
         return f"= {value}"
     mine, theirs = value.model_dump(), other.model_dump()
     return ", ".join(f"{key} = {mine[key]}" for key in mine if mine[key] != theirs[key])

@@ -51,7 +51,7 @@ def stale(folder: Path, *, newest: Path, settings: Checkpoint) -> list[Path]:
     if settings.keep_every:
         kept |= {path for path in others if step_of(path) % settings.keep_every == 0}
     if settings.keep_best:
-        kept.add(min([*others, newest], key=loss_of))
+        kept.add(min([*others, newest], key=rank_of))
     return [path for path in others if path not in kept]
 
 
@@ -62,6 +62,16 @@ def loss_of(path: Path) -> float:
     except UserError:
         return math.inf
     return sum(facts["valid"].values()) if facts.get("valid") and facts.get("valid_step") == facts["step"] else math.inf
+
+
+def rank_of(path: Path) -> float:
+    """Lower is better: a task's score at that very step, negative, where it was fine-tuned; else the validation loss."""
+    try:
+        facts = manifest.read_facts(path)
+    except UserError:
+        return math.inf
+    scored = facts.get("score") is not None and facts.get("valid_step") == facts["step"]
+    return -facts["score"] if scored else loss_of(path)
 
 
 def remove(path: Path) -> None:

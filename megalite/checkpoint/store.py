@@ -125,16 +125,17 @@ class Store:
         self._together(lambda: prune(self.folder, newest=final, settings=self.settings), rank=0)
         return None
 
-    def load(self, path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def load(self, path: Path, pieces: Sequence[Piece], *, weights_only: bool = False) -> dict[str, Any]:
         """Read what `pieces` are into them, in place; returns the facts. The engine must renew its weights afterwards (`Zero.restore`).
 
-        Moments that were never stored (an imported model) become 0. Raises UserError on every rank when the checkpoint is of another
-        model, Damaged when it is not what was written.
+        Moments that were never stored (an imported model), or are not wanted, become 0. Raises UserError on every rank when the
+        checkpoint is of another model, Damaged when it is not what was written.
         """
         state, reader = self._state(pieces), Reader(path)
         facts = self._together(lambda: read_facts(path))
-        state = self._together(lambda: _check_model(reader, state, weights_only="imported" in facts))
-        if "imported" in facts:
+        weights_only = weights_only or "imported" in facts
+        state = self._together(lambda: _check_model(reader, state, weights_only=weights_only))
+        if weights_only:
             for moment in (moment for piece in pieces for moment in piece.moments.values()):
                 moment.zero_()
         try:

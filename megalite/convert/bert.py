@@ -7,7 +7,10 @@ from typing import Any
 from megalite.config import Model
 from megalite.convert.mapping import Source, Table, both, require
 
-ARCHITECTURE = "BertForPreTraining"
+ARCHITECTURES = {
+    "pretrain": "BertForPreTraining", "classify": "BertForSequenceClassification", "regress": "BertForSequenceClassification",
+    "tag": "BertForTokenClassification",
+}  # fmt: skip
 PREFIX = "bert."
 MODEL_TYPES = ("bert",)
 
@@ -35,7 +38,7 @@ def read_config(config: Any) -> Model:
 
 
 def write_config(model: Model) -> dict[str, Any]:
-    """Settings of a BertConfig; without dropout, as we train."""
+    """Settings of a BertConfig; without dropout in pretraining, as we train."""
     return {
         "model_type": "bert",
         "num_hidden_layers": model.layers,
@@ -45,8 +48,8 @@ def write_config(model: Model) -> dict[str, Any]:
         "max_position_embeddings": model.sequence,
         "layer_norm_eps": model.norm_eps,
         "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": model.dropout,
+        "attention_probs_dropout_prob": model.attention_dropout,
         "type_vocab_size": 2,
     }
 
@@ -68,6 +71,9 @@ def table(model: Model) -> Table:
         found |= both(f"{ours}.attention_norm", f"{theirs}.attention.output.LayerNorm")
         found |= both(f"{ours}.mlp.up", f"{theirs}.intermediate.dense") | both(f"{ours}.mlp.down", f"{theirs}.output.dense")
         found |= both(f"{ours}.mlp_norm", f"{theirs}.output.LayerNorm")
+    if model.head != "pretrain":
+        found |= both("head.pool", "bert.pooler.dense") if model.head != "tag" else {}
+        return found | both("head.classify", "classifier")
     found |= both("head.transform", "cls.predictions.transform.dense") | both("head.norm", "cls.predictions.transform.LayerNorm")
     found["head.project.bias"] = Source(("cls.predictions.bias",))
     return found | both("head.pool", "bert.pooler.dense") | both("head.next_sentence", "cls.seq_relationship")

@@ -52,7 +52,7 @@ def export_model(request: Export) -> list[str]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write_weights(partial, plan(Reader(path), family, config.model), dtype=request.dtype)
-    write_config(partial, family, config.model, tokenizer, dtype=request.dtype)
+    write_config(partial, family, config, tokenizer, dtype=request.dtype)
     save_tokenizer(partial, request, config, tokenizer)
     sync(partial)
     if output.exists():
@@ -106,11 +106,21 @@ def _keep_last(reader: Reader) -> Callable[[str, tuple[int, ...]], Tensor]:
     return read
 
 
-def write_config(folder: Path, family: ModuleType, model: Model, tokenizer: Tokenizer | None, *, dtype: str) -> None:
+def write_config(folder: Path, family: ModuleType, config: Config, tokenizer: Tokenizer | None, *, dtype: str) -> None:
     """config.json, and generation_config.json for a model that generates."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    special = tokenizer.special if tokenizer else {}
+    described = describe(family, config, tokenizer, dtype=dtype)
+    described.save_pretrained(folder)
+    if config.model.family == "gpt" and config.model.head == "pretrain":
+        GenerationConfig.from_model_config(described).save_pretrained(folder)
+
+
+def describe(family: ModuleType, config: Config, tokenizer: Tokenizer | None, *, dtype: str) -> Any:
+    """The settings as transformers has them."""
+    from transformers import AutoConfig
+
+    model, task, special = config.model, config.task, tokenizer.special if tokenizer else {}
     settings: dict[str, Any] = {
         **family.write_config(model),
         "vocab_size": model.vocab,
@@ -118,14 +128,16 @@ def write_config(folder: Path, family: ModuleType, model: Model, tokenizer: Toke
         "initializer_range": model.init_std,
         "bos_token_id": special.get("bos", special.get("eos")),
         "eos_token_id": special.get("eos"),
-        "pad_token_id": special.get("pad"),
+        "pad_token_id": special.get("pad", special.get("eos") if model.head != "pretrain" else None),
     }
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    config.architectures = [family.ARCHITECTURE]
-    config.dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
-    config.save_pretrained(folder)
-    if model.family == "gpt":
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    if model.head != "pretrain":
+        names = task.labels if task and task.labels else tuple(f"LABEL_{number}" for number in range(model.labels))
+        settings |= {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+        settings["problem_type"] = {"classify": "single_label_classification", "regress": "regression"}.get(model.head)
+    described = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    described.architectures = [family.ARCHITECTURES[model.head]]
+    described.dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
+    return described
 
 
 def choose_tokenizer(request: Export, config: Config, fingerprint: str | None) -> Tokenizer | None:

@@ -7,7 +7,10 @@ from typing import Any
 from megalite.config import Model
 from megalite.convert.mapping import Source, Table, both, require
 
-ARCHITECTURE = "GPT2LMHeadModel"
+ARCHITECTURES = {
+    "pretrain": "GPT2LMHeadModel", "classify": "GPT2ForSequenceClassification", "regress": "GPT2ForSequenceClassification",
+    "tag": "GPT2ForTokenClassification",
+}  # fmt: skip
 PREFIX = "transformer."
 MODEL_TYPES = ("gpt2",)
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -68,6 +71,9 @@ def table(model: Model) -> Table:
         found |= both(f"{ours}.attention.out", f"{theirs}.attn.c_proj", transposed=True)
         found |= both(f"{ours}.mlp.up", f"{theirs}.mlp.c_fc", transposed=True)
         found |= both(f"{ours}.mlp.down", f"{theirs}.mlp.c_proj", transposed=True)
+    if model.head != "pretrain":
+        found |= both("head.classify", "classifier") if model.head == "tag" else both("head.classify", "score", bias=False)
+        return found
     if not model.tied:
         found["head.project.weight"] = Source(("lm_head.weight",))
     return found

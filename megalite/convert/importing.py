@@ -29,7 +29,7 @@ from megalite.errors import UserError
 from megalite.layout import Cut
 
 FAMILIES = (gpt2, llama, bert)
-OPTIONAL = ("head.pool.", "head.next_sentence.")  # what a BertForMaskedLM lacks
+OPTIONAL = ("head.pool.", "head.next_sentence.", "head.classify.")  # what a BertForMaskedLM lacks, and a model of no task
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
     "tokenizer.model", "spiece.model", "chat_template.jinja",
@@ -112,11 +112,11 @@ def gather(weights: Weights, family: ModuleType, model: Model, *, seed: int) -> 
         else:
             _check_shapes(weights, source, shape)
             make = partial(source.join, weights.read)
-        states[name] = Slice.lazily(partial(_keep_last, kept, name, make), cut=Cut(name, shape))
+        states[name] = Slice.lazily(partial(keep_last, kept, name, make), cut=Cut(name, shape))
     return states, drawn
 
 
-def _keep_last(kept: dict[str, Tensor], name: str, make: Callable[[], Tensor]) -> Tensor:
+def keep_last(kept: dict[str, Tensor], name: str, make: Callable[[], Tensor]) -> Tensor:
     """Made once, however many chunks of it are asked for in a row, and forgotten when the next one is: one tensor is in memory."""
     if name not in kept:
         kept.clear()

@@ -11,7 +11,10 @@ from megalite.config import Model
 from megalite.convert.mapping import Source, Table, both, require
 from megalite.errors import UserError
 
-ARCHITECTURE = "LlamaForCausalLM"
+ARCHITECTURES = {
+    "pretrain": "LlamaForCausalLM", "classify": "LlamaForSequenceClassification", "regress": "LlamaForSequenceClassification",
+    "tag": "LlamaForTokenClassification",
+}  # fmt: skip
 PREFIX = "model."
 MODEL_TYPES = ("llama", "mistral")
 
@@ -87,6 +90,8 @@ def table(model: Model) -> Table:
         found |= both(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", bias=False)
         found |= both(f"{ours}.mlp.up", (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj"), sizes=(f, f), bias=model.bias)
         found |= both(f"{ours}.mlp.down", f"{theirs}.mlp.down_proj", bias=model.bias)
+    if model.head != "pretrain":
+        return found | both("head.classify", "score", bias=model.head == "tag")
     if not model.tied:
         found["head.project.weight"] = Source(("lm_head.weight",))
     return found

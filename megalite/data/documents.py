@@ -10,11 +10,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megalite.data.inputs import SMALLEST, Piece, Reading
+from megalite.data.parts import read_part, unpack
 from megalite.errors import UserError
 
 HEAD = 1 << 16  # a document's first bytes name it
@@ -38,6 +39,8 @@ class Document:
     """It begins here."""
     last: bool = True
     """It ends here."""
+    where: str = ""
+    """File and place in it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class BadLine:
 
     where: str
     why: str
+
+
+def refuse(reported: list[str], count: int) -> UserError:
+    """What to say of broken lines, where they are not to be skipped."""
+    more = f" (and {count - 1} more broken lines there)" if count > 1 else ""
+    return UserError(f"{reported[0]}{more}; mend it, or leave such lines out with --bad-lines skip")
 
 
 def documents(piece: Piece, reading: Reading) -> Iterator[Document | BadLine]:
@@ -57,6 +66,8 @@ def documents(piece: Piece, reading: Reading) -> Iterator[Document | BadLine]:
         yield from _rows(piece, reading.text_key)
     elif piece.kind == "lines":
         yield from _lines(piece, reading.text_key)
+    elif piece.kind == "cleaned":
+        yield from _cleaned(piece)
     else:
         yield from _parts(piece, reading.documents)
 
@@ -68,7 +79,24 @@ def _document(data: bytes, path: str, *, offset: int = 0) -> Document | BadLine:
     except UnicodeDecodeError as problem:
         line = line_number(path, offset + problem.start)
         return BadLine(f"{path}:{line}", f"no UTF-8 (byte 0x{data[problem.start]:02x})")
-    return Document(text, data[:HEAD])
+    return Document(text, data[:HEAD], where=f"{path} byte {offset}" if offset else path)
+
+
+def _cleaned(piece: Piece) -> Iterator[Document]:
+    """What `clean.py` left of a piece; data has a bit for every document, set where it stays."""
+    rows = unpack(read_part(Path(piece.paths[0]))[1]("rows"))
+    assert piece.data is not None
+    for byte, eight in zip(piece.data, batched(rows), strict=True):
+        for place, row in enumerate(eight):
+            if byte >> (7 - place) & 1:
+                head = bytes.fromhex(row["head"]) or row["text"].encode("utf-8", "surrogatepass")[:HEAD]
+                yield Document(row["text"], head, row["first"], row["last"], row["where"])
+
+
+def batched(rows: Iterator[Any]) -> Iterator[list[Any]]:
+    """Eight at a time, as the bits of a byte."""
+    while eight := list(islice(rows, 8)):
+        yield eight
 
 
 def _rows(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
@@ -82,7 +110,7 @@ def _rows(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
                 for at in range(max(row, piece.start), min(row + len(batch), piece.stop)):
                     text = batch.column(0)[at - row].as_py()
                     where = f"{piece.paths[0]} row {at} of group {piece.group}"
-                    yield BadLine(where, f'"{text_key}" is null') if text is None else Document(text, text.encode()[:HEAD])
+                    yield BadLine(where, f'"{text_key}" is null') if text is None else Document(text, text.encode()[:HEAD], where=where)
                 row += len(batch)
                 if row >= piece.stop:
                     return
@@ -110,7 +138,7 @@ def _lines(piece: Piece, text_key: str) -> Iterator[Document | BadLine]:
             at += len(file.readline()) - 1  # the end of the line before
         while at < piece.stop and (line := file.readline()):
             if line.strip():
-                found = _json(line, text_key, path)
+                found = _json(line, text_key, f"{path} byte {at}")
                 yield BadLine(f"{path}:{line_number(path, at)}", found.why) if isinstance(found, BadLine) else found
             at += len(line)
 
@@ -144,7 +172,7 @@ def _json(line: bytes, text_key: str, where: str) -> Document | BadLine:
     if not isinstance(row[text_key], str):
         return BadLine(where, f'"{text_key}" is {type(row[text_key]).__name__}, no text')
     try:
-        return Document(row[text_key], row[text_key].encode()[:HEAD])
+        return Document(row[text_key], row[text_key].encode()[:HEAD], where=where)
     except UnicodeEncodeError:
         return BadLine(where, f'"{text_key}" holds half a surrogate pair')
 

@@ -1,8 +1,7 @@
 """Turns pieces of text into parts of shards, in worker processes.
 
 In: `Piece`s, a tokenizer's folder and how to cut. Out: for every piece a file KEY.part with, for every split, its tokens, the lengths
-of its sequences and where its documents end, written whole or not at all. A worker is a loop at the other end of a pipe: it
-ends when the pipe closes, also when the parent was killed.
+of its sequences and where its documents end, written whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,11 +10,8 @@ import hashlib
 import json
 import os
 import re
-import signal
-import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +23,6 @@ from megalite.data.manifest import SPLITS
 from megalite.data.parts import part_path, write_part
 from megalite.data.shards import token_dtype
 from megalite.data.tokenizer import Tokenizer, open_tokenizer
-from megalite.errors import UserError
 
 BATCH = 1 << 18  # characters tokenized at once; tokenizers needs some hundred bytes of memory for each
 SLICE = 1 << 18  # longest text the tokenizer gets in one go
@@ -156,71 +151,14 @@ def slices(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def serve(connection: Connection, recipe: Recipe, folder: Path) -> None:
-    """A worker's life: a piece comes in, its part is written, its summary goes out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; closing the pipe ends us
+def begin(recipe: Recipe, folder: Path) -> Callable[[Piece], dict[str, Any]]:
+    """What a worker does for every piece: write its part, return its summary."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker, one core
-    tokenizer = open_tokenizer(recipe.tokenizer)
-    key = recipe.key
-    while True:
-        try:
-            number, piece = connection.recv()
-        except EOFError:
-            return
-        try:
-            part = encode_part(piece, recipe, tokenizer)
-            write_part(part_path(folder, piece, key), part)
-            answer: Any = json.loads(bytes(part["summary"]))
-        except (UserError, OSError) as problem:
-            answer = problem
-        except Exception:
-            answer = RuntimeError(f"worker failed at {piece!r}:\n{traceback.format_exc()}")
-        try:
-            connection.send((number, answer))
-        except BrokenPipeError:
-            return
+    tokenizer, key = open_tokenizer(recipe.tokenizer), recipe.key
 
+    def work(piece: Piece) -> dict[str, Any]:
+        part = encode_part(piece, recipe, tokenizer)
+        write_part(part_path(folder, piece, key), part)
+        return json.loads(bytes(part["summary"]))
 
-def encode_all(pieces: Iterable[tuple[int, Piece]], recipe: Recipe, folder: Path, *, workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Deal pieces to worker processes; (number, summary) as they finish."""
-    import multiprocessing
-
-    spawn = multiprocessing.get_context("spawn")
-    left = iter(pieces)
-    free: list[Connection] = []
-    busy: dict[Connection, int] = {}
-    processes = []
-    try:
-        while True:
-            piece = next(left, None) if len(busy) < workers else None
-            if piece is not None:
-                if not free:
-                    ours, theirs = spawn.Pipe()
-                    process = spawn.Process(target=serve, args=(theirs, recipe, folder), daemon=True)
-                    process.start()
-                    theirs.close()
-                    processes.append((process, ours))
-                    free.append(ours)
-                connection = free.pop()
-                connection.send(piece)
-                busy[connection] = piece[0]
-                continue
-            if not busy:
-                return
-            ready = wait(list(busy))
-            for connection in [c for c in busy if c in ready]:
-                try:
-                    number, answer = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    raise RuntimeError("a worker process died (killed for its memory?); run again with fewer --workers") from None
-                if isinstance(answer, Exception):
-                    raise answer
-                del busy[connection]
-                free.append(connection)
-                yield number, answer
-    finally:
-        for process, connection in processes:
-            connection.close()
-            process.join(0.5)
-            process.kill()
-            process.join()
+    return work

@@ -215,6 +215,12 @@ def _inflate(file: Path) -> Iterator[tuple[bytes, int]]:
 
 def _hugging_face(name: str, text_key: str) -> Iterator[tuple[bytes, int]]:
     """hf:NAME[:CONFIG][:SPLIT] as jsonl, streamed."""
+    for row in hugging_face_rows(name):
+        yield json.dumps({text_key: row[text_key]} if text_key in row else dict.fromkeys(row)).encode() + b"\n", 0
+
+
+def hugging_face_rows(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of hf:NAME[:CONFIG][:SPLIT], streamed."""
     import datasets
 
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it tells of every try; one line from us says it all
@@ -223,9 +229,7 @@ def _hugging_face(name: str, text_key: str) -> Iterator[tuple[bytes, int]]:
         rest = ["", *rest]
     config, split = ([*rest, "", ""])[:2]
     try:
-        rows = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
-        for row in rows:
-            yield json.dumps({text_key: row[text_key]} if text_key in row else dict.fromkeys(row)).encode() + b"\n", 0
+        yield from datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
     except UserError:
         raise
     except Exception as problem:  # datasets, its file systems and the network raise what they like

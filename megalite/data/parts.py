@@ -15,18 +15,21 @@ import shutil
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 
 from megalite.data.inputs import Piece
 from megalite.data.manifest import write_atomically
+from megalite.data.pool import deal
 from megalite.errors import UserError
 
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError)  # a zip file has a checksum of all it holds
+Begin = Callable[[], Callable[[Any], Any]]
 WORTH = 60.0  # seconds of work that a refusal leaves in place
 
 
@@ -58,6 +61,53 @@ def read_part(path: Path) -> tuple[dict[str, Any], Callable[[str], np.ndarray]]:
     except DAMAGE:
         raise damaged() from None
     return json.loads(read("summary").tobytes()), read
+
+
+def pack(rows: list[dict[str, Any]]) -> np.ndarray:
+    """JSON lines, compressed."""
+    lines = "\n".join(json.dumps(row) for row in rows).encode()
+    return np.frombuffer(zstandard.ZstdCompressor(level=1).compress(lines), np.uint8)
+
+
+def unpack(packed: np.ndarray) -> Iterator[dict[str, Any]]:
+    lines = zstandard.ZstdDecompressor().decompress(packed.tobytes())
+    return map(json.loads, filter(None, lines.split(b"\n")))
+
+
+def make_parts(
+    pieces: Iterable[Piece], begin: Begin, *, key: str, folder: Path, workers: int | None, count: Callable[[dict, int], None]
+) -> tuple[list[Path], int]:
+    """The part of every piece, in order, and how many of them an earlier run had made.
+
+    `begin` gives workers what they do; `key` names all that decides it but the piece; count(summary, size) is called for every part.
+    """
+    paths: list[Path] = []
+    sizes: dict[int, int] = {}
+    kept = 0
+
+    def left() -> Iterator[tuple[int, Piece]]:
+        nonlocal kept
+        for number, piece in enumerate(pieces):
+            path = part_path(folder, piece, key)
+            paths.append(path)
+            if summary := _kept(path):
+                kept += 1
+                count(summary, piece.size)
+            else:
+                sizes[number] = piece.size
+                yield number, piece
+
+    for number, summary in deal(left(), begin, workers=workers or len(os.sched_getaffinity(0))):
+        count(summary, sizes.pop(number))
+    return paths, kept
+
+
+def _kept(path: Path) -> dict | None:
+    """The summary of a part that an earlier run made."""
+    try:
+        return read_part(path)[0] if path.is_file() else None
+    except UserError:
+        return None  # damaged
 
 
 @contextmanager

@@ -51,8 +51,8 @@ class Tokenizer:
         self.special, self.vocab_size = special, len(pieces)
         unknown = special.get("unk")
         forbidden = (set(special.values()) | set(control)) - {unknown}  # ids that text must never yield
-        self._forbidden = np.zeros(len(pieces), bool)
-        self._forbidden[sorted(forbidden)] = True
+        self.reserved = np.zeros(len(pieces), bool)
+        self.reserved[sorted(forbidden)] = True
         spelled = sorted((pieces[i] for i in forbidden | ({unknown} if unknown is not None else set())), key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
         self._unknown = pieces[unknown] if unknown is not None else "\0" * 8
@@ -70,9 +70,9 @@ class Tokenizer:
         return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
     def _without_special(self, texts: Sequence[str], flat: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if self._forbidden[flat].any() or any(self._unknown in text for text in texts):
+        if self.reserved[flat].any() or any(self._unknown in text for text in texts):
             batch = np.split(flat, np.cumsum(lengths)[:-1])
-            return _flat([self._encode_broken(text) if self._spelled.search(text) or self._forbidden[ids].any() else ids
+            return _flat([self._encode_broken(text) if self._spelled.search(text) or self.reserved[ids].any() else ids
                           for text, ids in zip(texts, batch, strict=True)])  # fmt: skip
         return flat, lengths
 
@@ -80,7 +80,7 @@ class Tokenizer:
         """Encode a text that spells a special token: cut after the spelling's first character, so that it cannot match."""
         cuts = [0, *(match.start() + 1 for match in self._spelled.finditer(text)), len(text)]
         parts = self._encode([text[a:b] for a, b in pairwise(cuts)])
-        return [i for i in chain.from_iterable(parts) if not self._forbidden[i]]  # a normaliser may still have made one: drop it
+        return [i for i in chain.from_iterable(parts) if not self.reserved[i]]  # a normaliser may still have made one: drop it
 
     def word_starts(self, ids: np.ndarray) -> np.ndarray:
         """Where a word begins, for whole-word masking.

@@ -9,21 +9,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from megalite.config import Model
-from megalite.models import bert, gpt
-from megalite.models.batch import Batch
+from megalite.models import bert, gpt, heads
+from megalite.models.batch import Batch, weigh
 from megalite.models.dropout import name_sites, sample_keys
 
-__all__ = ["Batch", "Whole", "attach", "build", "draw", "layers", "name_sites", "parts", "plan", "sample_keys", "tied"]
+__all__ = ["Batch", "Whole", "attach", "build", "draw", "layers", "name_sites", "parts", "plan", "sample_keys", "tied", "weigh"]
 
 
 def layers(model: Model) -> list[tuple[str, Callable[[], nn.Module]]]:
     """The model in order: embed, layers.0 ..., head."""
-    return (gpt if model.family == "gpt" else bert).layers(model)
+    found = (gpt if model.family == "gpt" else bert).layers(model)
+    return found if model.head == "pretrain" else [*found[:-1], ("head", partial(heads.HEADS[model.head], model))]
 
 
 def plan(model: Model) -> dict[str, str]:
@@ -33,12 +35,12 @@ def plan(model: Model) -> dict[str, str]:
 
 def tied(model: Model) -> dict[str, str]:
     """Parameter name -> name of the parameter it is the same as."""
-    return (gpt if model.family == "gpt" else bert).TIED if model.tied else {}
+    return (gpt if model.family == "gpt" else bert).TIED if model.tied and model.head == "pretrain" else {}
 
 
 def parts(model: Model) -> tuple[str, ...]:
     """Names of the terms whose sum is the loss; the head puts out one number for each."""
-    return (gpt if model.family == "gpt" else bert).PARTS
+    return heads.PARTS if model.head != "pretrain" else (gpt if model.family == "gpt" else bert).PARTS
 
 
 def draw(name: str, shape: tuple[int, ...], *, model: Model, seed: int) -> Tensor:

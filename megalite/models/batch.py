@@ -15,4 +15,12 @@ TOKENS = ("ids", "labels", "weights")
 # the rows' numbers in their samples
 HIDDEN = ("segments", "positions", "places")
 # whole on every rank: documents (b, s), the number of each token's document, where a sample is packed from several; and for each sample,
-# (b,), length (tokens before the padding), next_sentence, pair_weights, samples (dropout's keys; in training alone)
+# (b,), length (tokens before the padding), next_sentence, pair_weights, samples (dropout's keys; in training alone); of a task's
+# heads, which know no cut sequences, at (the token they judge by), classes or values, importance, sample_weights
+
+
+def weigh(batch: Batch) -> tuple[str, Tensor]:
+    """What every target counts before the mean is taken, and the name that the heads know it by: (b,) of samples, (b, s) of tokens."""
+    if "importance" in batch:
+        return "sample_weights", batch["importance"]
+    return "weights", batch["labels"] != -100

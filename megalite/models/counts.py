@@ -30,6 +30,9 @@ def num_parameters(model: Model) -> int:
     if model.family == "bert":
         embed += 2 * d + norm  # segments
         head += v + 2 * (d * d + d) + 2 * d + 2  # bias of the projection; transform and pool; next sentence
+    if model.head != "pretrain":
+        bert, tag = model.family == "bert", model.head == "tag"
+        head = (0 if bert else norm) + (d * d + d if bert and not tag else 0) + model.labels * (d + (bert or tag))
     return embed + model.layers * block + head
 
 
@@ -40,6 +43,7 @@ def layer_costs(model: Model, sequence: int) -> list[float]:
     block       2 s d (h + 2g) k + 4 s^2 h k + 2 s h k d + 4 s d f      (6 s d f with SwiGLU)
     GPT head    2 s d v
     BERT head   2 s d v + 2 s d^2 + 2 d^2 + 4 d   every position is projected, masked or not; transform, pool, next sentence
+    task head   2 s d n for a tag, 2 d n for a sample, and 2 d^2 for BERT's pool
     """
     s, d, f, k = sequence, model.width, model.mlp_width, model.head_width
     projections = 2 * s * d * (model.heads + 2 * model.num_kv_heads) * k + 2 * s * model.heads * k * d
@@ -48,6 +52,9 @@ def layer_costs(model: Model, sequence: int) -> list[float]:
     head = 2 * s * d * _vocab(model)
     if model.family == "bert":
         head += 2 * s * d * d + 2 * d * d + 4 * d
+    if model.head != "pretrain":
+        pool = 2 * d * d if model.family == "bert" and model.head != "tag" else 0
+        head = pool + 2 * d * model.labels * (s if model.head == "tag" else 1)
     return [0.0, *[float(projections + attention + mlp)] * model.layers, float(head)]
 
 

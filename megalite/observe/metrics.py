@@ -91,14 +91,16 @@ class Metrics:
             self._write({"step": step, "skipped": 1, **({} if loss_scale is None else {"loss_scale": loss_scale})})
             self._print(f"step {step}: update left out" + ("" if loss_scale is None else f"; loss scale {loss_scale:g}"))
 
-    def valid(self, step: int, valid_loss: Any) -> None:
-        """A validation after that step is done."""
+    def valid(self, step: int, valid_loss: Any, scores: dict[str, Any] | None = None) -> None:
+        """A validation after that step is done; scores are those of a task."""
         if not self.speaks:
             return
-        entry = {"step": step, "valid_loss": _finite(valid_loss)}
+        numbers = {name: float(score) for name, score in (scores or {}).items() if isinstance(score, (int, float)) and name != "loss"}
+        entry = {"step": step, "valid_loss": _finite(valid_loss), **numbers}
         self._write(entry)
         width = len(str(self.total_steps))
-        self._print(f"step {step:>{width}}/{self.total_steps}  validation loss {_number(entry['valid_loss'], '.4f')}")
+        said = "".join(f"  {name} {score:.4f}" for name, score in numbers.items())
+        self._print(f"step {step:>{width}}/{self.total_steps}  validation loss {_number(entry['valid_loss'], '.4f')}{said}")
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megalite import launch, models, optim
-from megalite.config import Config
+from megalite.config import Config, Model
 from megalite.models.batch import Batch
 from megalite.tune.traffic import Traffic
 
@@ -59,6 +59,8 @@ def batch_of(config: Config, step: int) -> Batch:
     assert model.vocab is not None
     ids = torch.randint(0, model.vocab, (size, sequence), generator=draw)
     labels = torch.randint(0, model.vocab, ids.shape, generator=draw)
+    if model.head != "pretrain":
+        return _task_batch(model, ids, draw)
     if model.family == "gpt":
         return {"ids": ids, "labels": labels}
     hidden = torch.rand(ids.shape, generator=draw) > 0.2 + 0.2 * torch.rand((size, 1), generator=draw)
@@ -69,6 +71,24 @@ def batch_of(config: Config, step: int) -> Batch:
         "length": torch.randint(sequence // 2, sequence + 1, (size,), generator=draw),
         "next_sentence": (torch.rand((size,), generator=draw) < 0.2).long(),
     }
+
+
+def _task_batch(model: Model, ids: torch.Tensor, draw: torch.Generator) -> Batch:
+    """For a task's head: samples of different lengths that do not count alike."""
+    size, sequence = ids.shape
+    length = torch.randint(2, sequence + 1, (size,), generator=draw)
+    batch = {"ids": ids}
+    if model.family == "bert":
+        segments = (torch.arange(sequence) >= sequence // 2).long().expand(size, -1).contiguous()
+        batch |= {"segments": segments, "length": length}
+    if model.head == "tag":
+        tags = torch.randint(0, model.labels, ids.shape, generator=draw)
+        return batch | {"labels": tags.masked_fill(torch.arange(sequence) >= length[:, None], -100)}
+    batch |= {"at": torch.zeros_like(length) if model.family == "bert" else length - 1}
+    batch |= {"importance": 0.5 + torch.rand((size,), generator=draw)}
+    if model.head == "regress":
+        return batch | {"values": torch.randn((size,), generator=draw)}
+    return batch | {"classes": torch.randint(0, model.labels, (size,), generator=draw)}
 
 
 def microbatches(batch: Batch, config: Config, *, dp: int, dp_rank: int) -> list[Batch]:
@@ -94,8 +114,8 @@ def reference(config: Config, *, steps: int) -> list[Step]:
         batch = batch_of(config, step)
         if config.model.dropout or config.model.attention_dropout:
             batch["samples"] = models.sample_keys(torch.arange(len(batch["ids"])), seed=config.run.seed, step=step)
-        targets = batch["labels"] != -100
-        batch["weights"] = targets / targets.sum()
+        name, counts = models.weigh(batch)
+        batch[name] = counts / counts.sum()
         batch["pair_weights"] = torch.full((config.train.global_batch,), 1 / config.train.global_batch)
         loss = whole(batch).sum()
         loss.backward()

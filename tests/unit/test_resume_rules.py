@@ -152,6 +152,7 @@ PINNED = [
     ({"data": {"sequence": 8}}, "data.sequence = None, this run has = 8"),
     ({"data": {"whole_word": True}}, "data.whole_word = False, this run has = True"),
     ({"data": {"mask_fraction": 0.2}}, "data.mask_fraction = 0.15, this run has = 0.2"),
+    ({"task": {"kind": "lm", "start": "a", "train": ["b"]}}, "task = None, this run has = kind='lm'"),
 ]
 
 
@@ -164,7 +165,7 @@ def test_everything_that_is_pinned_is_tried_below() -> None:
 def test_what_decides_weights_and_samples_must_not_have_changed(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     path = _checkpoint(_config(tmp_path), 4)
     said = _refusal(_config(tmp_path, **change))
-    assert said.startswith(f"{path} was written with {words}; restore it or change run.folder")
+    assert said.startswith(f"{path} was written with {words}") and said.endswith("; restore it or change run.folder")
 
 
 @pytest.mark.parametrize(

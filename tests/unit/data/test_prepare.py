@@ -337,7 +337,7 @@ def test_an_input_that_cannot_be_read_is_told_in_one_line(texts, bpe, tmp_path, 
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", str(source))
 
-    monkeypatch.setattr("megalite.data.prepare.encode_all", refuse)
+    monkeypatch.setattr("megalite.data.prepare.make_parts", refuse)
     with pytest.raises(UserError, match=r"a.jsonl: Permission denied; see to that and run the same command again"):
         run(source, output=tmp_path / "out", tokenizer=bpe)
     assert list(tmp_path.iterdir()) == [source]
