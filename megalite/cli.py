@@ -1,5 +1,5 @@
 """The verbs: `megalite prepare`, `megalite train`, `megalite verify`, `megalite import`, `megalite export`,
-`megalite checkpoint`.
+`megalite checkpoint`, `megalite submit`, `megalite jobs`.
 
 In: the command line.  Out: an exit code: 0, 2 for bad input (one line says value, limit and cure), 1 when a rank failed.
 A verb's flags are the fields of its settings, `--mesh.tp 4`; help comes from the fields' own docstrings.
@@ -45,6 +45,13 @@ Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor pa
   megalite checkpoint ls|verify|show RUN_FOLDER|CHECKPOINT ...
       What checkpoints there are; is every byte what was written; what does one hold.
 
+  megalite submit RECIPE|FILE.yaml [--nodes 8] [--slurm.time 24:00:00] [--slurm.profile mine.yaml] [--print] ...
+  megalite submit --sweep FILE.yaml | --chain FILE.yaml
+      Train on a SLURM cluster: a run, a sweep of runs, or jobs one after the other.
+
+  megalite jobs [RUN_FOLDER ...]
+      How they are: state, step, loss, tokens a second, time left, why one waits or died.
+
 `megalite VERB --help` explains every flag."""
 
 SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a switch; none: where a setting may be left out
@@ -54,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verbs = {"prepare": prepare, "train": train, "verify": verify, "import": import_, "export": export, "checkpoint": checkpoint}
+    verbs |= {"submit": submit, "jobs": jobs, "cluster": cluster}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             _say(HELP)
@@ -125,6 +133,39 @@ def checkpoint(arguments: list[str]) -> None:
     sys.exit(inspection.run(request, say=_say))
 
 
+def submit(arguments: list[str]) -> None:
+    """megalite submit RECIPE|FILE.yaml [--nodes N] [--slurm.field VALUE ...] ..., or --sweep FILE, or --chain FILE"""
+    from megalite.cluster import order
+    from megalite.cluster.settings import Batch, Submission
+
+    if any(word.partition("=")[0] in ("--sweep", "--chain") for word in arguments):
+        if _asks_help(arguments):
+            _explain_flags(Batch, "megalite submit --sweep FILE.yaml | --chain FILE.yaml")
+        batch, flags = order.read_batch(read_flags(arguments, Batch))
+        if batch.sweep:
+            return order.submit_sweep(batch, flags, say=_say, read_run=lambda words: _read_run("train", words))
+        return order.submit_chain(batch, flags, say=_say, read=lambda words: (_named("train", words), read_flags(words[1:], Submission)))
+    if _asks_help(arguments):
+        _explain_flags(Submission, "megalite submit RECIPE|FILE.yaml")
+    return order.submit_run(_named("submit", arguments), read_flags(arguments[1:], Submission), say=_say)
+
+
+def jobs(arguments: list[str]) -> None:
+    """megalite jobs [RUN_FOLDER ...]"""
+    from megalite.cluster import jobs as showing
+
+    if _asks_help(arguments) or any(word.startswith("-") for word in arguments):
+        raise UserError("usage: megalite jobs [RUN_FOLDER ...]; without one, every run of runs/ that was submitted")
+    _say(showing.show(arguments))
+
+
+def cluster(arguments: list[str]) -> None:
+    """megalite cluster WORD ...: what the batch scripts ask"""
+    from megalite.cluster import answers
+
+    sys.exit(answers.answer(arguments, read_run=lambda words: _read_run("train", words)))
+
+
 Request = TypeVar("Request", bound=BaseModel)
 
 
@@ -143,9 +184,14 @@ def _read_run(verb: str, arguments: list[str]) -> Config:
     if _asks_help(arguments):
         named = arguments[0] if not arguments[0].startswith("-") else None
         _explain_flags(Config, f"megalite {verb} {named or 'RECIPE|FILE.yaml'}", default=settings.load(named) if named else None)
+    return settings.load(_named(verb, arguments), overrides=read_flags(arguments[1:], Config))
+
+
+def _named(verb: str, arguments: list[str]) -> str:
+    """The recipe or run file in front of the flags."""
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"megalite {verb} needs a recipe ({', '.join(settings.recipes())}) or a run file (.yaml) before its flags")
-    return settings.load(arguments[0], overrides=read_flags(arguments[1:], Config))
+    return arguments[0]
 
 
 def read_flags(arguments: Sequence[str], schema: type[BaseModel], *, positional: str | None = None) -> dict[str, Any]:

@@ -48,14 +48,14 @@ class Run:
 
 
 def train(config: Config, rank: int) -> str | None:
-    """Train on this rank until config.train.steps; returns the name of the signal that ended it earlier, or None."""
+    """Train on this rank until config.train.steps; returns the name of the signal, or file, that ended it earlier, or None."""
     mesh = start_mesh(config, rank)
     engine, guard = Engine(config, mesh, document=read_document(config)), Guard(config.watch)
     engine.zero.refuse = guard.refuses if config.watch.bad_step == "skip" else None
     opened = open_train(config.data, model=config.model, seed=config.run.seed)
     with (
         Store(run_folder(config) / "checkpoints", config.checkpoint, tied=models.tied(config.model)) as store,
-        Watch(config.watch) as watch,
+        Watch(config.watch, run_folder(config)) as watch,
     ):
         run = Run(config, mesh, engine, opened, store, guard, watch)
         step, stopped = resume(run, find), None
@@ -70,7 +70,7 @@ def train(config: Config, rank: int) -> str | None:
 
 
 def advance(run: Run, step: int) -> tuple[int, str | None]:
-    """Step until the last step or a signal, whatever comes first; returns how many steps have been taken, and the signal."""
+    """Step until the last step or until asked to end; returns how many steps have been taken, and what asked."""
     config, engine, stopped = run.config, run.engine, None
     valid: dict[str, Any] = {"valid": {}, "valid_step": None}
     with (
@@ -94,13 +94,14 @@ def advance(run: Run, step: int) -> tuple[int, str | None]:
             if report.skipped:
                 metrics.skipped(step, engine.state().get("value"))
             metrics.step(step, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr)
-            stopped = run.watch.signal()
+            asked = run.watch.heed()
+            stopped = asked.end
             if held_out and not stopped and due(step, config.validation.every, config):
                 run.watch.enter(f"validation after step {step}")
                 with metrics.pause():
                     valid = {"valid": validate(engine, held_out, batches=config.validation.batches), "valid_step": step}
                 metrics.valid(step, sum(valid["valid"].values()))
-            if stopped or due(step, config.checkpoint.every, config):
+            if stopped or asked.save or due(step, config.checkpoint.every, config):
                 run.watch.enter(f"saving step {step}")
                 with metrics.pause():
                     run.store.save(step, engine.zero.pieces(), {**facts(run), **valid})

@@ -1,0 +1,35 @@
+"""One cluster for all tests of this folder, and the run that nothing befell."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "ranks"))
+
+from local import WHY_NOT, Cluster  # noqa: E402
+from runs import finish, make_shard, run_file, train  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if WHY_NOT:
+        pytest.skip(WHY_NOT)
+    folder = tmp_path_factory.mktemp("login")
+    cluster = Cluster(tmp_path_factory.mktemp("slurm") / "state", folder)
+    run_file(folder, make_shard(folder), mesh={})
+    try:
+        yield cluster
+    finally:
+        cluster.do("stop")
+
+
+@pytest.fixture(scope="session")
+def whole(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run without SLURM and faults: two forked ranks."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(train(cluster.folder / "small.yaml", folder, "--mesh.dp", "2"))
+    return folder

@@ -1,0 +1,147 @@
+"""A SLURM cluster on this machine, and runs on it, for tests: what a person does at a login node, and what befalls nodes and ranks.
+
+Each node is its own network, host name and process namespace, so that it can crash or lose its network (local-cluster.sh).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+SCRIPT = Path(__file__).with_name("local-cluster.sh")
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
+WHY_NOT = (
+    "needs root on Linux and a local SLURM (Debian, Ubuntu: apt-get install slurmctld slurmd slurm-client munge iproute2)"
+    if os.name != "posix" or os.geteuid() or not all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for name in NEEDED)
+    else ""
+)
+# a rank that takes its time, so that things can befall it in mid-step without costing CPU; python -m megalite train ... otherwise
+SLOWLY = """#!/usr/bin/env bash
+if [[ "$*" != "-m megalite train "* ]]; then exec {python} "$@"; fi
+shift 2
+exec {python} -c '
+import os, sys, time
+import megalite.engine as engine
+plain = engine.Engine.step
+def slow(*arguments, **options):
+    time.sleep({seconds})
+    {fault}
+    return plain(*arguments, **options)
+engine.Engine.step = slow
+from megalite.cli import main
+main(sys.argv[1:])' "$@"
+"""
+
+
+class Cluster:
+    """Commands at its login node; `folder` is where they are given."""
+
+    def __init__(self, state: Path, folder: Path, *, nodes: int = 5) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "LOCAL_SLURM_DIR": str(state), "SLURM_CONF": str(state / "slurm.conf"), "LOCAL_SLURM_KILLWAIT": "5"}
+        self.do("start", str(nodes), "4")
+
+    def do(self, *words: str) -> None:
+        """start, stop, crash NODE, boot NODE, cut NODE, heal NODE, hurry."""
+        done = subprocess.run([SCRIPT, *words], env=self.environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+    def call(self, *words: str) -> str:
+        done = self.try_(*words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def try_(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=120)
+
+    def megalite(self, *words: str) -> str:
+        return self.call(sys.executable, "-m", "megalite", *words)
+
+    def refusal(self, *words: str) -> str:
+        """What `megalite` says to bad input; and it queued nothing."""
+        before = self.call("squeue", "--noheader")
+        done = self.try_(sys.executable, "-m", "megalite", *words)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert self.call("squeue", "--noheader") == before
+        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        return done.stderr
+
+    def submit(self, *words: str, ranks: int = 1, **site: Any) -> str:
+        """The number of the job that `megalite submit WORDS` queues, on CPUs, its ranks slow enough to be caught in mid-step."""
+        return self.megalite("submit", *words, "--slurm.profile", self.profile(ranks_per_node=ranks, **site)).split()[1]
+
+    def profile(self, *, seconds: float = 0.0, fault: str = "pass", **site: Any) -> str:
+        """A site without GPUs. `seconds` a step takes longer, `fault` is a line that every step runs."""
+        python = self.folder / f"python-{time.monotonic_ns()}"
+        python.write_text(SLOWLY.format(python=sys.executable, seconds=seconds, fault=fault))
+        python.chmod(0o755)
+        path = python.with_suffix(".yaml")
+        given = {"gpus_per_node": 0, "exclusive": False, "health": False, "setup": [f"export MEGALITE_PYTHON={python}"], **site}
+        path.write_text(yaml.safe_dump(given))
+        return str(path)
+
+    def state(self, job: str) -> str:
+        return self.call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+
+    def finish(self, job: str, *, state: str = "COMPLETED", seconds: float = 100) -> None:
+        """Wait for a job to end, through requeues."""
+        done = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        self.wait(lambda: self.hurry() or self.state(job) in done, f"job {job} to end", seconds=seconds)
+        assert self.state(job) == state, self.told(job)
+
+    def hurry(self) -> None:
+        """Slurm holds a requeued job for two minutes; lift that."""
+        if self.call("squeue", "--noheader", "--states=PD", "--format=%r").strip():
+            self.do("hurry")
+
+    def wait(self, happened: Callable[[], Any], what: str, *, seconds: float = 60) -> None:
+        until = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < until, f"waited {seconds} s for {what}\n{self.call('squeue', '--long')}\n{self.told()}"
+            time.sleep(0.3)
+
+    def told(self, job: str = "*") -> str:
+        """What jobs said."""
+        return "\n".join(f"=== {path}\n{path.read_text()}" for path in self.folder.glob(f"runs/**/slurm/*{job}*.out"))
+
+    def reach(self, run: str, step: int, *, start: int = 1) -> None:
+        """Wait until a run has logged that step, in its `start`-th attempt."""
+        self.wait(
+            lambda: self.hurry() or (len(self.attempts(run)) >= start - 1 and self.step(run) >= step and self.lives(run)),
+            f"step {step} of {run} in start {start}",
+        )
+
+    def lives(self, run: str) -> bool:
+        """Whether an attempt is under way that has begun to train."""
+        folder = self.folder / "runs" / run / "slurm"
+        judged = {line["attempt"] for line in self.attempts(run)}
+        return any(path.parent.name not in judged for path in folder.glob("*-*-*/start.json"))
+
+    def step(self, run: str) -> int:
+        path = self.folder / "runs" / run / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+    def attempts(self, run: str) -> list[dict[str, Any]]:
+        path = self.folder / "runs" / run / "slurm/attempts.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def ranks(self, node: str) -> list[psutil.Process]:
+        """The ranks that run on a node, in the order of their numbers."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            environment = process.info["environ"] or {}
+            words = process.info["cmdline"] or []
+            if environment.get("SLURMD_NODENAME") == node and "MEGALITE_RECORDS" in environment and "train" in words and "-c" in words:
+                found.append((int(environment.get("SLURM_PROCID", -1)), process))
+        return [process for _, process in sorted(found, key=lambda item: item[0])]
