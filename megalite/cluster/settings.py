@@ -7,8 +7,6 @@ Out: a `Site`, default < profile < flag. Nothing here calls SLURM.
 from __future__ import annotations
 
 import re
-from importlib import import_module, resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,6 +105,12 @@ class Site(Slurm):
     """Further options for srun where it starts the ranks."""
 
 
+class _Flags(Section):
+    """So that a message calls a setting what its flag is called."""
+
+    slurm: Site
+
+
 class Submission(Config):
     """What `megalite submit` is told: a run, and how it is to run on the cluster."""
 
@@ -133,15 +137,15 @@ class Batch(Section):
     """Show the batch script and the command that would submit it, and submit nothing."""
 
 
-def scripts() -> Traversable:
-    """The folder slurm/ as it was installed: beside the package in a clone, `megalite_slurm` in a wheel."""
+def scripts() -> Path:
+    """The folder slurm/ as it was installed: beside the package in a clone, `megalite_slurm` in a wheel (setup.py)."""
     beside = Path(__file__).parents[2] / "slurm"
-    return beside if (beside / "pretrain.sbatch").is_file() else resources.files(import_module("megalite_slurm"))
+    return beside if (beside / "pretrain.sbatch").is_file() else beside.with_name("megalite_slurm")
 
 
 def profiles() -> list[str]:
     """Names of the profiles that come with megalite."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in (scripts() / "profiles").iterdir() if entry.name.endswith(".yaml"))
+    return sorted(path.stem for path in (scripts() / "profiles").glob("*.yaml"))
 
 
 def read_site(flags: dict[str, Any]) -> Site:
@@ -156,14 +160,14 @@ def read_site(flags: dict[str, Any]) -> Site:
     except ValidationError as error:
         raise UserError(f"profile {name}: {explain(error, Site)}") from None
     try:
-        return Site.model_validate({**document, **flags})
+        return _Flags.model_validate({"slurm": {**document, **flags}}).slurm
     except ValidationError as error:
-        raise UserError("; ".join(f"slurm.{part}" for part in explain(error, Site).split("; "))) from None
+        raise UserError(explain(error, _Flags)) from None
 
 
 def _read_profile(name: str) -> dict[str, Any]:
     if name.endswith((".yaml", ".yml")):
-        source: Traversable = Path(name)
+        source = Path(name)
         if not source.is_file():
             raise UserError(f"slurm.profile = {name} does not exist; give an existing .yaml file, or one of {', '.join(profiles())}")
     elif name in profiles():
@@ -173,11 +177,10 @@ def _read_profile(name: str) -> dict[str, Any]:
             f"slurm.profile = {name} is none of {', '.join(profiles())}{suggest(name, profiles())}; a file of your own ends in .yaml"
         )
     try:
-        document = yaml.safe_load(source.read_text(encoding="utf-8"))
+        # every value as it stands: to YAML 1.1, 24:00:00 is a number of seconds
+        document = yaml.load(source.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"profile {name} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict) or "profile" in document:
         raise UserError(f"profile {name} must be a mapping of settings, none of them `profile`; see slurm/profiles for examples")
-    if isinstance(given := document.get("environment"), dict):
-        document["environment"] = {key: str(value) for key, value in given.items()}  # NCCL_IB_TC: 106 is a number to YAML
-    return document
+    return {key: None if value in ("", "null", "~") else value for key, value in document.items()}
