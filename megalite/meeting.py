@@ -1,9 +1,9 @@
 """Where the ranks of one job step meet: a store that rank 0 keeps, found by a door that no other job has.
 
-In: a `Place` without a fixed port.  Out: the store, when all ranks are there; or a RankError that names who is missing. Rank 0 opens a door at
-the first free one of the place's ports: whoever knocks is told the token of this step and the port of the store. The others knock at one
-port after the other until they hear their own token. (A TCPStore alone would not do: a client that meets something else than a store may
-wait there for good.)
+In: a `Place` without a fixed port.  Out: the store, when all ranks are there; or a RankError that names who is missing. Rank 0 opens a door
+at the first free one of the place's ports: whoever knocks is told the token of this step and the port of the store. The others knock at
+one port after the other until they hear their own token. (A TCPStore alone would not do: a client that meets something else than a store
+may wait there for good.)
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megalite.errors import UserError
 
 PATIENCE = 60.0  # seconds a controller may take
+PERHAPS_LATER = "Requested node configuration is not available"  # also where nodes are down for a while: sbatch itself knows which
 RUN = "megalite run "  # what a job's comment says before its run folder
 
 
@@ -50,7 +51,7 @@ def submit(script: str, *options: str, arguments: Sequence[str]) -> str:
 def test(script: str, *options: str, arguments: Sequence[str]) -> None:
     """Ask whether sbatch would take a script. Raises UserError with what it says: an unknown partition or account, too many nodes."""
     done = call("sbatch", "--test-only", *options, script, *arguments)
-    if done.returncode:
+    if done.returncode and PERHAPS_LATER not in done.stderr:
         raise UserError(f"sbatch would refuse this job: {complaint(done.stderr)}; nothing was submitted")
 
 

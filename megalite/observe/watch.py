@@ -74,8 +74,8 @@ class Watch:
         if kind is None:
             dist.barrier(self.group)  # nobody stops beating while others still listen
         self.over.set()
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for number, handler in self.before.items():  # who asks again while this rank leaves must not end it badly
+            signal.signal(number, signal.SIG_IGN if self.asked else handler)
 
     def enter(self, operation: str) -> None:
         """Say what this rank does from now on."""

@@ -10,8 +10,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "ranks"))
 
-from local import WHY_NOT, Cluster  # noqa: E402
-from runs import finish, make_shard, run_file, train  # noqa: E402
+from local import WHY_NOT, Cluster
+from runs import finish, make_shard, run_file, train
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import psutil
 import yaml
 
 SCRIPT = Path(__file__).with_name("local-cluster.sh")
-NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
+NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "shellcheck")
 WHY_NOT = (
-    "needs root on Linux and a local SLURM (Debian, Ubuntu: apt-get install slurmctld slurmd slurm-client munge iproute2)"
+    "needs root on Linux and a local SLURM (Debian, Ubuntu: apt-get install slurmctld slurmd slurm-client munge iproute2 shellcheck)"
     if os.name != "posix" or os.geteuid() or not all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for name in NEEDED)
     else ""
 )
@@ -29,6 +30,7 @@ WHY_NOT = (
 SLOWLY = """#!/usr/bin/env bash
 if [[ "$*" != "-m megalite train "* ]]; then exec {python} "$@"; fi
 shift 2
+export DS_ACCELERATOR=cpu
 exec {python} -c '
 import os, sys, time
 import megalite.engine as engine
@@ -48,7 +50,12 @@ class Cluster:
 
     def __init__(self, state: Path, folder: Path, *, nodes: int = 5) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "LOCAL_SLURM_DIR": str(state), "SLURM_CONF": str(state / "slurm.conf"), "LOCAL_SLURM_KILLWAIT": "5"}
+        self.environment = {
+            **os.environ,
+            "LOCAL_SLURM_DIR": str(state),
+            "SLURM_CONF": str(state / "slurm.conf"),
+            "LOCAL_SLURM_KILLWAIT": "5",
+        }
         self.do("start", str(nodes), "4")
 
     def do(self, *words: str) -> None:
@@ -93,26 +100,31 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
-    def finish(self, job: str, *, state: str = "COMPLETED", seconds: float = 100) -> None:
+    def finish(self, job: str, *, state: str = "COMPLETED", seconds: float = 150) -> None:
         """Wait for a job to end, through requeues."""
         done = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         self.wait(lambda: self.hurry() or self.state(job) in done, f"job {job} to end", seconds=seconds)
         assert self.state(job) == state, self.told(job)
 
     def hurry(self) -> None:
-        """Slurm holds a requeued job for two minutes; lift that."""
-        if self.call("squeue", "--noheader", "--states=PD", "--format=%r").strip():
-            self.do("hurry")
+        """Slurm holds a requeued job for two minutes; lift that, once: it then begins three seconds from now."""
+        for line in self.call("squeue", "--noheader", "--states=PD", "--format=%r|%S").splitlines():
+            reason, _, start = line.partition("|")
+            if reason == "BeginTime" and start != "N/A" and (datetime.fromisoformat(start) - datetime.now()).total_seconds() > 5:
+                self.do("hurry")
+                return
 
-    def wait(self, happened: Callable[[], Any], what: str, *, seconds: float = 60) -> None:
+    def wait(self, happened: Callable[[], Any], what: str, *, seconds: float = 100) -> None:
         until = time.monotonic() + seconds
         while not happened():
             assert time.monotonic() < until, f"waited {seconds} s for {what}\n{self.call('squeue', '--long')}\n{self.told()}"
             time.sleep(0.3)
 
-    def told(self, job: str = "*") -> str:
+    def told(self, job: str = "") -> str:
         """What jobs said."""
-        return "\n".join(f"=== {path}\n{path.read_text()}" for path in self.folder.glob(f"runs/**/slurm/*{job}*.out"))
+        return "\n".join(
+            f"=== {path}\n{path.read_text()}" for path in self.folder.glob(f"runs/**/slurm/*{job}.out" if job else "runs/**/slurm/*.out")
+        )
 
     def reach(self, run: str, step: int, *, start: int = 1) -> None:
         """Wait until a run has logged that step, in its `start`-th attempt."""

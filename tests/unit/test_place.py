@@ -120,9 +120,9 @@ def test_ranks_meet_by_ipv6() -> None:
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    with pytest.raises(RankError, match="rank 1 did not come to the meeting point on 127.0.0.1 within 1 s; missing: 1, 2 of 3 ranks"):
+    with pytest.raises(RankError, match=r"rank 1 did not come to the meeting point on 127.0.0.1 within 1 s; missing: 1, 2 of 3 ranks"):
         meet(Place(0, 3, 0, "127.0.0.1", job=99_001), patience=1)
-    with pytest.raises(RankError, match="rank 1 met nobody at 127.0.0.1, ports"):
+    with pytest.raises(RankError, match=r"rank 1 met nobody at 127.0.0.1, ports"):
         meet(Place(1, 3, 1, "127.0.0.1", job=99_002), patience=1)
 
 

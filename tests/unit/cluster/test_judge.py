@@ -15,8 +15,13 @@ from megalite.cluster.judge import Attempt, choose, find_failure, judge
 from megalite.config import load
 from megalite.errors import UserError
 
-KILLED = "srun: error: node2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=3.0\nsrun: error: node1: task 0: Terminated\n"
-ENDED = "srun: error: node1: task 0: Exited with exit code 1\nsrun: launch/slurm: _step_signal: Terminating StepId=3.0\nsrun: error: node2: task 1: Killed\n"
+KILLED = (
+    "srun: error: node2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=3.0\nsrun: error: node1: task 0: Terminated\n"
+)
+ENDED = """srun: error: node1: task 0: Exited with exit code 1
+srun: launch/slurm: _step_signal: Terminating StepId=3.0
+srun: error: node2: task 1: Killed
+"""
 
 
 def _attempt(folder: Path, *, number: int = 1, code: int = 1, asked: str = "none", said: str = "", **notes: dict[str, Any]) -> Attempt:

@@ -1,4 +1,4 @@
-"""What is submitted: profiles and flags become a batch script that bash and shellcheck accept; what cannot run is refused before SLURM is asked."""
+"""Profiles and flags become a batch script that bash and shellcheck accept; what cannot run is refused before SLURM is asked."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def test_a_mistake_in_a_profile_is_named_with_the_file(tmp_path: Path, document:
 
 
 def test_a_profile_that_is_not_there_is_refused_with_those_that_are() -> None:
-    with pytest.raises(UserError, match=r"slurm.profile = ethernt is none of aws-efa, ethernet, infiniband, pyxis; did you mean ethernet\?"):
+    with pytest.raises(
+        UserError, match=r"slurm.profile = ethernt is none of aws-efa, ethernet, infiniband, pyxis; did you mean ethernet\?"
+    ):
         read_site({"profile": "ethernt"})
     with pytest.raises(UserError, match=r"gone.yaml does not exist"):
         read_site({"profile": "gone.yaml"})
@@ -170,7 +172,9 @@ def _sweep(beside: Path, **document: Any) -> str:
 def test_rows_and_a_grid_multiply_and_a_row_that_does_not_fit_is_left_out_with_the_reason(tmp_path: Path) -> None:
     path = _sweep(tmp_path, rows=[{"mesh.tp": 2}, {"mesh.tp": 3}], grid={"optimizer.lr": [1e-4, 2e-4]}, folder=str(tmp_path / "out"))
     wanted, site = sweep.read(path), read_site({})
-    rows = sweep.plan(wanted, site, nodes=1, read_run=lambda words: load(words[0], overrides=cli.read_flags(words[1:], type(load("gpt-7b")))))
+    rows = sweep.plan(
+        wanted, site, nodes=1, read_run=lambda words: load(words[0], overrides=cli.read_flags(words[1:], type(load("gpt-7b"))))
+    )
     assert [row["flags"] for row in rows][:2] == [{"mesh.tp": 2, "optimizer.lr": 1e-4}, {"mesh.tp": 2, "optimizer.lr": 2e-4}]
     assert [bool(row["refused"]) for row in rows] == [False, False, True, True]
     assert "but 8 ranks were started" in rows[2]["refused"]
@@ -184,7 +188,11 @@ def test_rows_and_a_grid_multiply_and_a_row_that_does_not_fit_is_left_out_with_t
 
 @pytest.mark.parametrize(
     ("document", "said"),
-    [({}, "has neither rows nor a grid"), ({"row": []}, "row is no setting; did you mean rows?"), ({"rows": [{"mesh.tp": 3}]}, "none of 1 rows")],
+    [
+        ({}, "has neither rows nor a grid"),
+        ({"row": []}, "row is no setting; did you mean rows?"),
+        ({"rows": [{"mesh.tp": 3}]}, "none of 1 rows"),
+    ],
 )
 def test_a_sweep_that_is_none_is_refused(tmp_path: Path, document: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as refused:
@@ -195,7 +203,9 @@ def test_a_sweep_that_is_none_is_refused(tmp_path: Path, document: dict[str, Any
 
 def test_a_chain_takes_verbs_that_have_a_script(tmp_path: Path) -> None:
     path = tmp_path / "chain.yaml"
-    path.write_text("- prepare: stdlib --output data/x --tokenizer train:bpe\n- train: gpt-tiny --nodes 2\n- export: runs/x/checkpoints/latest\n")
+    path.write_text(
+        "- prepare: stdlib --output data/x --tokenizer train:bpe\n- train: gpt-tiny --nodes 2\n- export: runs/x/checkpoints/latest\n"
+    )
     assert [verb for verb, _ in chain.read(str(path))] == ["prepare", "train", "export"]
     path.write_text("- dance: now\n")
     with pytest.raises(UserError, match="dance cannot be a link; one of train, export, prepare can"):
