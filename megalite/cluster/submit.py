@@ -42,8 +42,9 @@ class Job:
     def show(self, say: Say, *options: str) -> None:
         """Exactly what would be submitted."""
         say(self.text)
-        say(f"# saved as {self.folder}/{history.FOLDER}/{self.name}.sbatch, submitted with:")
-        say("# " + shlex.join(["sbatch", *options, f"{self.name}.sbatch", *self.arguments]))
+        home = self.folder / history.FOLDER
+        say(f"# saved as {home}/{self.name}.sbatch (its output goes there, too: mkdir -p {shlex.quote(str(home))}) and submitted with:")
+        say("# " + shlex.join(["sbatch", *options, f"{home}/{self.name}.sbatch", *self.arguments]))
 
 
 def submit(job: Job, site: Site, *, say: Say, prepare: Callable[[], None] = lambda: None) -> str:

@@ -22,12 +22,13 @@ import yaml
 SCRIPT = Path(__file__).with_name("local-cluster.sh")
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "shellcheck")
 WHY_NOT = (
-    "needs root on Linux and a local SLURM (Debian, Ubuntu: apt-get install slurmctld slurmd slurm-client munge iproute2 shellcheck)"
+    "need root on Linux and a local SLURM (Debian, Ubuntu: apt-get install slurmctld slurmd slurm-client munge iproute2 shellcheck)"
     if os.name != "posix" or os.geteuid() or not all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for name in NEEDED)
     else ""
 )
-# a rank that takes its time, so that things can befall it in mid-step without costing CPU; python -m megalite train ... otherwise
-SLOWLY = """#!/usr/bin/env bash
+# python -m megalite train ..., held in front of each step until a file allows it: things can then befall a run at a known step, however slow
+# the machine is; any other command runs as it is
+HELD = """#!/usr/bin/env bash
 if [[ "$*" != "-m megalite train "* ]]; then exec {python} "$@"; fi
 shift 2
 export DS_ACCELERATOR=cpu
@@ -35,11 +36,12 @@ exec {python} -c '
 import os, sys, time
 import megalite.engine as engine
 plain = engine.Engine.step
-def slow(*arguments, **options):
+def held(self, step, *rest):
     time.sleep({seconds})
-    {fault}
-    return plain(*arguments, **options)
-engine.Engine.step = slow
+    while os.path.exists("{gate}") and step >= int(open("{gate}").read()):
+        time.sleep(0.05)
+    return plain(self, step, *rest)
+engine.Engine.step = held
 from megalite.cli import main
 main(sys.argv[1:])' "$@"
 """
@@ -76,31 +78,40 @@ class Cluster:
 
     def refusal(self, *words: str) -> str:
         """What `megalite` says to bad input; and it queued nothing."""
-        before = self.call("squeue", "--noheader")
+        before = self.call("squeue", "--noheader", "--format=%i")
         done = self.try_(sys.executable, "-m", "megalite", *words)
         assert done.returncode == 2, done.stdout + done.stderr
-        assert self.call("squeue", "--noheader") == before
+        assert self.call("squeue", "--noheader", "--format=%i") == before
         assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
         return done.stderr
 
     def submit(self, *words: str, ranks: int = 1, **site: Any) -> str:
-        """The number of the job that `megalite submit WORDS` queues, on CPUs, its ranks slow enough to be caught in mid-step."""
+        """The number of the job that `megalite submit WORDS` queues, on CPUs."""
         return self.megalite("submit", *words, "--slurm.profile", self.profile(ranks_per_node=ranks, **site)).split()[1]
 
-    def profile(self, *, seconds: float = 0.0, fault: str = "pass", **site: Any) -> str:
-        """A site without GPUs. `seconds` a step takes longer, `fault` is a line that every step runs."""
+    def profile(self, *, seconds: float = 0.0, held: str = "nobody", **site: Any) -> str:
+        """A site without GPUs. A step takes `seconds` longer; where `allow` was called for `held`, steps wait for it."""
         python = self.folder / f"python-{time.monotonic_ns()}"
-        python.write_text(SLOWLY.format(python=sys.executable, seconds=seconds, fault=fault))
+        python.write_text(HELD.format(python=sys.executable, seconds=seconds, gate=self._gate(held)))
         python.chmod(0o755)
         path = python.with_suffix(".yaml")
         given = {"gpus_per_node": 0, "exclusive": False, "health": False, "setup": [f"export MEGALITE_PYTHON={python}"], **site}
         path.write_text(yaml.safe_dump(given))
         return str(path)
 
+    def allow(self, run: str, steps: int) -> None:
+        """Let a held run take so many steps in all; it then waits in the next one."""
+        fresh = self._gate(run).with_suffix(".new")
+        fresh.write_text(str(steps))
+        fresh.replace(self._gate(run))
+
+    def _gate(self, run: str) -> Path:
+        return self.folder / f"{run}.gate"
+
     def state(self, job: str) -> str:
         return self.call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
-    def finish(self, job: str, *, state: str = "COMPLETED", seconds: float = 150) -> None:
+    def finish(self, job: str, *, state: str = "COMPLETED", seconds: float = 250) -> None:
         """Wait for a job to end, through requeues."""
         done = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         self.wait(lambda: self.hurry() or self.state(job) in done, f"job {job} to end", seconds=seconds)
@@ -114,7 +125,7 @@ class Cluster:
                 self.do("hurry")
                 return
 
-    def wait(self, happened: Callable[[], Any], what: str, *, seconds: float = 100) -> None:
+    def wait(self, happened: Callable[[], Any], what: str, *, seconds: float = 200) -> None:
         until = time.monotonic() + seconds
         while not happened():
             assert time.monotonic() < until, f"waited {seconds} s for {what}\n{self.call('squeue', '--long')}\n{self.told()}"

@@ -9,7 +9,7 @@ import pytest
 from local import Cluster
 from runs import STEPS, finish, losses, same_bits, train
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def _same_end(cluster: Cluster, run: str, whole: Path) -> None:
@@ -38,14 +38,23 @@ def test_two_nodes_of_two_ranks_give_the_losses_of_one_process_and_two_jobs_shar
 
 
 def test_a_run_goes_on_after_the_time_limit_a_requeue_and_preemption(cluster: Cluster, whole: Path) -> None:
-    job = cluster.submit("small.yaml", "--nodes", "2", "--name", "moved", seconds=1.0, partition="preempt", time="2", lead=60)
+    cluster.allow("moved", 2)
+    job = cluster.submit("small.yaml", "--nodes", "2", "--name", "moved", held="moved", partition="preempt", time="30", lead=60)
     cluster.reach("moved", 2)
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # what SLURM does slurm.lead seconds ahead of the time limit
+    cluster.wait(lambda: "USR1: save" in cluster.told(job), "the signal")
+    cluster.allow("moved", 3)
+    cluster.wait(lambda: cluster.attempts("moved"), "the end of the first attempt")
+    cluster.allow("moved", 4)
     cluster.reach("moved", 4, start=2)
     cluster.call("scontrol", "requeue", job)
     cluster.wait(lambda: cluster.state(job) == "PENDING", "the requeue")
-    cluster.reach("moved", 5, start=2)
+    cluster.allow("moved", 5)
+    cluster.wait(lambda: cluster.hurry() or f"{job}: start number 3" in cluster.told(job), "the third start")
+    cluster.reach("moved", 5, start=2)  # an attempt that SLURM killed is not always judged
     other = cluster.call("sbatch", "--parsable", "--nodes=5", "--exclusive", "--wrap", "sleep 2").strip()
+    cluster.wait(lambda: "PreemptTime=2" in cluster.call("scontrol", "show", "job", job), "preemption")
+    cluster.allow("moved", STEPS)
     cluster.finish(other)
     cluster.finish(job)
     ends = {line["attempt"]: (line["verdict"], line["reason"]) for line in cluster.attempts("moved")}
@@ -57,22 +66,28 @@ def test_a_run_goes_on_after_the_time_limit_a_requeue_and_preemption(cluster: Cl
 
 def test_a_run_goes_on_after_a_killed_rank_a_hung_one_a_cut_network_and_a_crashed_node(cluster: Cluster, whole: Path) -> None:
     """Nodes 1 and 2 train, 3 and 4 are spares; the batch script runs on node 1."""
-    job = cluster.submit("small.yaml", "--nodes", "2", "--name", "hurt", "--watch.hang", "4", seconds=1.0, spares=2, exclude="node5")
+    cluster.allow("hurt", 2)
+    words = ("small.yaml", "--nodes", "2", "--name", "hurt", "--watch.hang", "8")
+    job = cluster.submit(*words, held="hurt", spares=2, exclude="node5")
     cluster.reach("hurt", 2)
     cluster.ranks("node2")[0].kill()
+    cluster.allow("hurt", 3)
     cluster.reach("hurt", 3, start=2)
     cluster.ranks("node2")[0].suspend()
+    cluster.allow("hurt", 4)
     cluster.reach("hurt", 4, start=3)
     cluster.do("cut", "node2")
+    cluster.allow("hurt", 5)
     cluster.reach("hurt", 5, start=4)
     cluster.do("crash", "node3")
+    cluster.allow("hurt", STEPS)
     try:
         cluster.finish(job)
         killed, hung, cut, crashed, done = cluster.attempts("hurt")
         assert killed["nodes"] == hung["nodes"] == cut["nodes"] == ["node1", "node2"]
         assert crashed["nodes"] == ["node1", "node3"] and done["nodes"] == ["node1", "node4"]
         assert (killed["rank"], killed["node"]) == (1, "node2") and "Killed" in killed["reason"]
-        assert (hung["rank"], hung["node"]) == (1, "node2") and "no sign of life of rank 1 for 4 s" in hung["reason"]
+        assert (hung["rank"], hung["node"]) == (1, "node2") and "no sign of life of rank 1 for 8 s" in hung["reason"]
         assert cut["node"] == "node2" and crashed["node"] == "node3"
         _same_end(cluster, "hurt", whole)
         assert "left out: node2: " in cluster.megalite("jobs", "runs/hurt")
