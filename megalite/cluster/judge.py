@@ -84,6 +84,8 @@ def judge(folder: Path, attempt: Attempt, *, same: int) -> tuple[str, str]:
     fruitless = 1 + sum(line["checkpoint"] == saved for line in before)
     told = f"{failure}; last logged step: {step or 'none'}"
     facts = {"signature": failure.signature, "step": step, "checkpoint": saved, "rank": failure.rank, "node": failure.node}
+    if failure.kind == "node" and failure.node:
+        history.append(folder, history.BAD_NODES, node=failure.node, reason=failure.reason, job=attempt.job)
     if failure.kind == "user":
         return _note(folder, attempt, "give-up", f"{told}; trying again would not help", **facts)
     if alike >= same:
@@ -98,7 +100,7 @@ def find_failure(attempt: Attempt) -> Failure:
     path = attempt.records / "srun.err"
     said = path.read_text(errors="replace") if path.is_file() else ""
     if found := NODE_FAILED.search(said):
-        return Failure("node", f"node {found['node']} failed", node=found["node"])
+        return Failure("node", "the node failed", node=found["node"])
     if (died := _first_death(said)) and not died.reason.startswith("Exited"):
         return died
     entries = [note for path in attempt.records.glob("rank-*.json") if (note := history.read_note(path))]
