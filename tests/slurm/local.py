@@ -21,13 +21,14 @@ import yaml
 
 SCRIPT = Path(__file__).with_name("local-cluster.sh")
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "shellcheck")
+PLACES = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 WHY_NOT = (
     "need root on Linux and a local SLURM (Debian, Ubuntu: apt-get install slurmctld slurmd slurm-client munge iproute2 shellcheck)"
-    if os.name != "posix" or os.geteuid() or not all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for name in NEEDED)
+    if os.name != "posix" or os.geteuid() or not all(shutil.which(name, path=PLACES) for name in NEEDED)
     else ""
 )
-# python -m megalite train ..., held in front of each step until a file allows it: things can then befall a run at a known step, however slow
-# the machine is; any other command runs as it is
+# python -m megalite train ..., held in front of each step until a file allows it: things can then befall a run at a known step, however
+# slow the machine is; any other command runs as it is
 HELD = """#!/usr/bin/env bash
 if [[ "$*" != "-m megalite train "* ]]; then exec {python} "$@"; fi
 shift 2
