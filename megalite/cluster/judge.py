@@ -24,6 +24,7 @@ SETTLE = 5.0  # seconds that a file system over a network may take to show what 
 DIED = re.compile(r"srun: error: (?P<node>[\w.-]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)")
 NODE_FAILED = re.compile(r"srun: error: Node failure on (?P<node>[\w.-]+)")
 ENDED_BY_SRUN = re.compile(r"Terminating (Step|job step)|STEP \S+ ON \S+ CANCELLED")
+FRUITLESS = 3  # times slurm.same_failure: failures, or jobs, without a new checkpoint after which a run is given up
 ORDER = ("health", "error", "silent", "user", "lost peer")  # whose word counts first: who only noticed comes last
 
 
@@ -69,9 +70,11 @@ def judge(folder: Path, attempt: Attempt, *, same: int) -> tuple[str, str]:
         return _note(folder, attempt, "finished", "all steps are done")
     if attempt.code == UNFINISHED or outcome:
         asked = (outcome or {}).get("asked") or attempt.asked
-        return _note(folder, attempt, "stopped" if asked == STOP else "requeue", f"saved: {asked}")
+        if asked == STOP:
+            return _note(folder, attempt, "stopped", f"saved: {asked}")
+        return _requeue(folder, attempt, f"saved: {asked}", limit=FRUITLESS * same)
     if attempt.asked != "none":
-        return _note(folder, attempt, "requeue", f"{attempt.asked} came before anything new could be saved")
+        return _requeue(folder, attempt, f"{attempt.asked} came before anything new could be saved", limit=FRUITLESS * same)
     failure = find_failure(attempt)
     step = (history.last_metrics(folder) or {}).get("step")
     before = _failures_before(folder)
@@ -90,9 +93,21 @@ def judge(folder: Path, attempt: Attempt, *, same: int) -> tuple[str, str]:
         return _note(folder, attempt, "give-up", f"{told}; trying again would not help", **facts)
     if alike >= same:
         return _note(folder, attempt, "give-up", f"{told}; the same way at the same step {alike} times in a row", **facts)
-    if fruitless >= 3 * same:
+    if fruitless >= FRUITLESS * same:
         return _note(folder, attempt, "give-up", f"{told}; {fruitless} failures without a new checkpoint", **facts)
     return _note(folder, attempt, "again", told, **facts)
+
+
+def _requeue(folder: Path, attempt: Attempt, reason: str, *, limit: int) -> tuple[str, str]:
+    """Go on in the next job, unless many jobs got no further: their time is too short to start and save in."""
+    saved, jobs = history.last_checkpoint(folder), 1
+    for line in reversed(history.read(folder, history.ATTEMPTS)):
+        if line["verdict"] != "requeue" or line.get("checkpoint", -1) != saved:
+            break
+        jobs += 1
+    if jobs >= limit:
+        reason = f"{reason}; {jobs} jobs in a row without a new checkpoint: raise slurm.time, or lower slurm.lead"
+    return _note(folder, attempt, "give-up" if jobs >= limit else "requeue", reason, checkpoint=saved)
 
 
 def find_failure(attempt: Attempt) -> Failure:

@@ -106,6 +106,12 @@ def test_a_new_checkpoint_gives_new_credit(tmp_path: Path) -> None:
         assert judge(tmp_path, _attempt(tmp_path, number=number, said=KILLED), same=3)[0] == "again"
 
 
+def test_jobs_too_short_to_save_in_come_to_an_end(tmp_path: Path) -> None:
+    verdicts = [judge(tmp_path, _attempt(tmp_path, number=number, code=138, asked="SIGUSR1"), same=1)[0] for number in range(3)]
+    assert verdicts == ["requeue", "requeue", "give-up"]
+    assert "raise slurm.time, or lower slurm.lead" in history.read(tmp_path, history.ATTEMPTS)[-1]["reason"]
+
+
 def test_bad_input_is_not_tried_again(tmp_path: Path) -> None:
     assert judge(tmp_path, _attempt(tmp_path, code=2, rank_0=_note("user", "data.train = x")), same=3)[0] == "give-up"
 
