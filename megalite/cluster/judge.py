@@ -126,6 +126,8 @@ def find_failure(attempt: Attempt) -> Failure:
         return Failure(first["kind"], first["report"], culprit, _node_of(culprit, attempt, first))
     if not attempt.nodes:
         return Failure("health", f"the check of all nodes together ended with exit code {attempt.code} (124: it took too long)")
+    if not died and "CANCELLED" in said:
+        return Failure("cancelled", "SLURM, or scancel, ended the ranks before they were listening")
     return died or Failure("unknown", f"ended with exit code {attempt.code}; no rank said why")
 
 

@@ -66,6 +66,13 @@ def test_the_first_error_counts_and_not_the_lost_peers(tmp_path: Path) -> None:
     assert (failure.rank, failure.node, failure.reason) == (1, "node2", "KeyError: 'x'")
 
 
+def test_ranks_that_were_cancelled_from_outside_are_not_called_killed(tmp_path: Path) -> None:
+    said = (
+        "slurmstepd-node1: error: *** STEP 3.3 ON node1 CANCELLED AT 2026-11-25T20:35:27 ***\nsrun: error: node1: tasks 0-1: Terminated\n"
+    )
+    assert find_failure(_attempt(tmp_path, code=143, said=said)).kind == "cancelled"
+
+
 def test_a_failure_that_nobody_explains_says_so(tmp_path: Path) -> None:
     assert find_failure(_attempt(tmp_path, code=9)).reason == "ended with exit code 9; no rank said why"
 
