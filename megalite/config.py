@@ -73,6 +73,8 @@ class Model(Section):
     """gelu: BERT; gelu_tanh: GPT-2; swiglu: gated (Llama)."""
     bias: bool = True
     """Biases in the linear layers."""
+    qkv_bias: bool | None = None
+    """Biases of query, key and value; left out: as bias. Qwen2 has these alone."""
     tied: bool = True
     """The head shares the token embedding's weight."""
     init_std: PositiveFloat = 0.02
@@ -91,6 +93,10 @@ class Model(Section):
         return self.kv_heads or self.heads
 
     @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
     def mlp_width(self) -> int:
         return self.mlp or 4 * self.width
 
@@ -103,7 +109,8 @@ class Model(Section):
             )
         if self.positions == "rope" and self.head_width % 2:
             raise UserError(f"rotary positions need an even head width, but width / heads = {self.head_width}; choose other heads")
-        if self.family == "bert" and (self.positions, self.norm, self.bias, self.tied) != ("learned", "layer", True, True):
+        bert = (self.positions, self.norm, self.bias, self.has_qkv_bias, self.tied)
+        if self.family == "bert" and bert != ("learned", "layer", True, True, True):
             raise UserError("model.family = bert has learned positions, LayerNorm, biases and a tied head; leave these settings out")
 
 

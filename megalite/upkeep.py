@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from megalite.errors import UserError
 
 
 class Section(BaseModel):
@@ -25,8 +27,15 @@ class Checkpoint(Section):
     """The checkpoint with the lowest validation loss stays, too; only one that was validated at its own step can be it."""
     background: bool = True
     """Copy what must be saved, train on, and write meanwhile (a copy of weights and moments in host memory); else wait for the disk."""
+    stage: str | None = None
+    """Folder on a disk of each node: the step waits until a save lies there, and it is copied to the run folder meanwhile. Takes the place
+    of the copy in host memory."""
     resume: str = "auto"
     """auto: the newest whole checkpoint of the run folder; none: refuse a folder that holds some; PATH: that checkpoint."""
+
+    def model_post_init(self, _: Any) -> None:
+        if self.stage and not self.background:
+            raise UserError(f"checkpoint.stage = {self.stage} is copied in the background, and checkpoint.background = false; drop one")
 
 
 class Watch(Section):

@@ -74,7 +74,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width, self.queries_per_key = model.head_width, model.heads // model.num_kv_heads
         query, key = model.heads * model.head_width, model.num_kv_heads * model.head_width
-        self.qkv = Fused(model.width, (query, key, key), bias=model.bias)
+        self.qkv = Fused(model.width, (query, key, key), bias=model.has_qkv_bias)
         self.mix = Mix(model, causal=causal)
         self.out = nn.Linear(query, model.width, bias=model.bias)
 

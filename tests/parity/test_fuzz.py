@@ -83,6 +83,7 @@ def _model(pick: random.Random, parts: int) -> dict[str, Any]:
         "norm": pick.choice(("layer", "rms")),
         "activation": pick.choice(("gelu", "gelu_tanh", "swiglu")),
         "bias": pick.random() < 0.5,
+        "qkv_bias": pick.choice((None, None, True)),
         "tied": pick.random() < 0.5,
     }
     return {**shape, **style}
