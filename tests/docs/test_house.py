@@ -21,7 +21,7 @@ DOORS = {
     "datasets": {"megalite/data/inputs.py"},
     "torch.utils.tensorboard": {"megalite/observe/metrics.py"},
     "tyro": {"megalite/cli.py"},
-    "triton": {f"kernels/{name}.py" for name in ("attention", "backward", "compiled", "forward", "launch", "tiles")},
+    "triton": {f"kernels/{name}.py" for name in ("attention", "backward", "compiled", "forward", "launch", "rows", "tiles")},
 }
 # launch.py: who started us, and what a rank's libraries read; data/encode.py: workers of `prepare` keep the tokenizer to one thread each
 ENVIRONMENT = {"megalite/launch.py", "megalite/data/encode.py"}
