@@ -13,7 +13,13 @@ import pytest
 pytestmark = pytest.mark.timeout(900)  # a suite is one test here
 
 FOLDER = Path(__file__).parent / "interpreted"
-SUITES = {"test_masks.py": 180, "test_features.py": 70, "test_operators.py": 10}  # and at least so many cases
+SUITES = {
+    "test_masks.py": 180,
+    "test_features.py": 70,
+    "test_operators.py": 10,
+    "test_rows.py": 25,
+    "test_training.py": 2,
+}  # and at least so many cases
 
 
 @pytest.mark.parametrize("suite", SUITES)
