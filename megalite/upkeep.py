@@ -1,4 +1,4 @@
-"""Sections of a run's config that keep it going: what is saved when, and what happens when something goes wrong.
+"""Sections of a run's config that keep it going: what is said and saved when, and what happens when something goes wrong.
 
 `Section` is what every section of the config is; `config.py` puts them all together.
 """
@@ -14,6 +14,13 @@ from megalite.errors import UserError
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Log(Section):
+    every: PositiveInt = 10
+    """Steps between two lines of metrics."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files."""
 
 
 class Checkpoint(Section):
