@@ -26,7 +26,8 @@ MESHES: dict[str, tuple[dict[str, Any], int]] = {
 
 def _config(model: str, mesh: str = "", *, document_mask: bool = False, **train: Any) -> Config:
     settings = MESHES[mesh][0] if mesh else {}
-    config = config_of(**MODELS[model], **{"layers": 4, **settings, **train})
+    batch = {"micro_batch": 2 if "dp" in settings else 4}  # four microbatches a step
+    config = config_of(**MODELS[model], **{"layers": 4, **batch, **settings, **train})
     return config.model_copy(update={"data": config.data.model_copy(update={"document_mask": document_mask})})
 
 
