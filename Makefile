@@ -11,15 +11,16 @@ help:  ## what there is to do
 
 install: .venv/.installed  ## .venv with megalite in it
 
-# torch first and pinned: left to the other packages' ranges, pip may fetch another build of it
+# torch first and pinned: left to the other packages' ranges, pip may fetch another build of it.
+# --no-compile: bytecode of what is used is made on first import; making all of it takes a third of the installation.
 .venv/.installed: setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e .
 	touch $@
 
 .venv/.developer: .venv/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]'
 	touch $@
 
 pretrain: install  ## corpus -> tokenizer -> shards -> a GPT trained on 8 ranks -> a sample

@@ -59,6 +59,7 @@ def train(config: Config, rank: int) -> str | None:
     ):
         run = Run(config, mesh, engine, opened, store, guard, watch)
         step, stopped = resume(run, find), None
+        store.make_room(engine.zero.pieces())
         while step < config.train.steps and not stopped:
             try:
                 step, stopped = advance(run, step)

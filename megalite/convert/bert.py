@@ -7,7 +7,6 @@ from typing import Any
 from megalite.config import Model
 from megalite.convert.mapping import Source, Table, both, require
 
-ARCHITECTURE = "BertForPreTraining"
 PREFIX = "bert."
 MODEL_TYPES = ("bert",)
 
@@ -15,6 +14,10 @@ MODEL_TYPES = ("bert",)
 def fits(model: Model) -> bool:
     """Whether transformers can say this model as a BERT: it has one activation for blocks and head, and ours has plain GELU in the head."""
     return (model.family, model.activation, model.num_kv_heads) == ("bert", "gelu", model.heads)
+
+
+def architecture(_: Model) -> str:
+    return "BertForPreTraining"
 
 
 def read_config(config: Any) -> Model:
@@ -31,11 +34,13 @@ def read_config(config: Any) -> Model:
         norm_eps=config.layer_norm_eps,
         activation="gelu",
         init_std=config.initializer_range,
+        dropout=config.hidden_dropout_prob,
+        attention_dropout=config.attention_probs_dropout_prob,
     )
 
 
 def write_config(model: Model) -> dict[str, Any]:
-    """Settings of a BertConfig; without dropout, as we train."""
+    """Settings of a BertConfig."""
     return {
         "model_type": "bert",
         "num_hidden_layers": model.layers,
@@ -45,8 +50,8 @@ def write_config(model: Model) -> dict[str, Any]:
         "max_position_embeddings": model.sequence,
         "layer_norm_eps": model.norm_eps,
         "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": model.dropout,
+        "attention_probs_dropout_prob": model.attention_dropout,
         "type_vocab_size": 2,
     }
 

@@ -65,10 +65,12 @@ def family_of(model: Model) -> ModuleType:
     """Which model of transformers this is."""
     family = next((family for family in FAMILIES if family.fits(model)), None)
     if family is None:
-        said = ", ".join(f"{name} = {getattr(model, name)}" for name in ("family", "positions", "norm", "activation", "bias", "kv_heads"))
+        said = ", ".join(
+            f"{name} = {getattr(model, name)}" for name in ("family", "positions", "norm", "activation", "bias", "qkv_bias", "kv_heads")
+        )
         raise UserError(
             f"no model of transformers is a model with {said}; it has GPT-2 (learned, layer, GELU, biases, as many kv_heads), "
-            "Llama (rope, rms, swiglu) and BERT (gelu)"
+            "Llama and Qwen2 (rope, rms, swiglu) and BERT (gelu)"
         )
     return family
 
@@ -121,7 +123,7 @@ def write_config(folder: Path, family: ModuleType, model: Model, tokenizer: Toke
         "pad_token_id": special.get("pad"),
     }
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    config.architectures = [family.ARCHITECTURE]
+    config.architectures = [family.architecture(model)]
     config.dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
     config.save_pretrained(folder)
     if model.family == "gpt":

@@ -152,6 +152,7 @@ PINNED = [
     ({"data": {"sequence": 8}}, "data.sequence = None, this run has = 8"),
     ({"data": {"whole_word": True}}, "data.whole_word = False, this run has = True"),
     ({"data": {"mask_fraction": 0.2}}, "data.mask_fraction = 0.15, this run has = 0.2"),
+    ({"data": {"document_mask": True}}, "data.document_mask = False, this run has = True"),
 ]
 
 
