@@ -97,3 +97,18 @@ def test_a_run_goes_on_after_a_killed_rank_a_hung_one_a_cut_network_and_a_crashe
         cluster.wait(
             lambda: cluster.call("sinfo", "--noheader", "--partition=gpu", "--states=idle", "--format=%D").strip() == "5", "all nodes"
         )
+
+
+def test_a_run_goes_on_after_the_node_of_its_batch_script_crashed(cluster: Cluster, whole: Path) -> None:
+    """With a spare the job outlives a node, so SLURM would not requeue it: a step on another node does."""
+    cluster.allow("headless", 2)
+    job = cluster.submit("small.yaml", "--nodes", "2", "--name", "headless", held="headless", spares=1, exclude="node[4-5]")
+    cluster.reach("headless", 2)
+    cluster.do("crash", "node1")
+    cluster.wait(lambda: cluster.state(job) == "PENDING", "the requeue")
+    cluster.do("boot", "node1")
+    cluster.allow("headless", STEPS)
+    cluster.finish(job)
+    (end,) = cluster.attempts("headless")
+    assert (end["attempt"], end["verdict"]) == (f"{job}-1-1", "finished")
+    _same_end(cluster, "headless", whole)
