@@ -96,10 +96,12 @@ def flatten(flags: Flags, prefix: str = "") -> list[str]:
 
 
 def _tell(job: submitting.Job, number: str, say: Say) -> None:
-    say(f"job {number}    {job.folder}")
-    say(f"output     {job.folder}/slurm/")
+    say(f"job {number:<7}{_short(job.folder)}/")
+    say(f"output     {_short(job.folder)}/slurm/")
     say(f"status     megalite jobs {_short(job.folder)}")
-    say(f"stop       touch {_short(job.folder)}/control/stop   (saves first; scancel {number} does not)")
+    if job.name == "sweep":
+        return say(f"stop       scancel {number}, or one row: touch {_short(job.folder)}/row-N/control/stop")
+    return say(f"stop       touch {_short(job.folder)}/control/stop   (saves first; scancel {number} does not)")
 
 
 def _short(folder: Path) -> str:
