@@ -36,6 +36,9 @@ Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor pa
   megalite verify RECIPE|FILE.yaml [--mesh.tp 2] [--deepspeed ds_configs/zero3.json] ...
       Run a shrunk model in this layout on CPU ranks, beside one process: are the numbers the same?
 
+  megalite tune RECIPE|FILE.yaml --cluster 8x8xH100 [--write ds_configs/tuned.json] [--explain 1] [--dry-run] ...
+      Which layout fits and is fastest there? Predicted, without a GPU.
+
   megalite import NAME|FOLDER --output RUN_FOLDER
       A Hugging Face GPT-2, Llama, Mistral or BERT as step 0 of a run.
 
@@ -53,7 +56,7 @@ SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verbs = {"prepare": prepare, "train": train, "verify": verify, "import": import_, "export": export, "checkpoint": checkpoint}
+    verbs = {"prepare": prepare, "train": train, "verify": verify, "tune": tune, "import": import_, "export": export, "checkpoint": checkpoint}
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             _say(HELP)
@@ -96,6 +99,27 @@ def verify(arguments: list[str]) -> None:
     from megalite.tune import verify as verifying
 
     sys.exit(verifying.verify(config))
+
+
+def tune(arguments: list[str]) -> None:
+    """megalite tune RECIPE|FILE.yaml --cluster NODESxGPUSxKIND [--section.field VALUE ...]"""
+    from megalite.tune import tuning
+
+    of_run, own = _part(arguments)
+    request = _read_request("tune RECIPE|FILE.yaml --cluster NODESxGPUSxKIND", own, tuning.Tuning, positional="run")
+    sys.exit(tuning.tune(request, read_flags(of_run, Config)))
+
+
+def _part(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Flags of a run, which have a section (--mesh.tp 4), and the rest."""
+    of_run: list[str] = []
+    own: list[str] = []
+    into = own
+    for word in arguments:
+        if word.startswith("--"):
+            into = of_run if "." in word.partition("=")[0] else own
+        into.append(word)
+    return of_run, own
 
 
 def import_(arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class Cluster:
     """`nodes` times `gpus` of one kind."""
 
     name: str
+    kind: str  # its name in clusters.yaml; empty for one of the user's own
     nodes: int
     gpus: int
     gpu: Gpu
@@ -74,7 +75,7 @@ def find(asked: str) -> Cluster:
         raise UserError(f"--cluster {asked}: no GPU is called {match[3]!r}{suggest(kind, [*kinds])}; there are {', '.join(kinds)}")
     if nodes < 1 or gpus < 1:
         raise UserError(f"--cluster {asked} has no GPUs; nodes and GPUs are 1 or more")
-    return _build({**kinds[kind], "name": asked, "nodes": nodes, "gpus": gpus}, source=asked)
+    return _build({**kinds[kind], "name": asked, "kind": kind, "nodes": nodes, "gpus": gpus}, source=asked)
 
 
 def table() -> dict[str, dict[str, Any]]:
@@ -105,7 +106,7 @@ def _build(said: dict[str, Any], *, source: str) -> Cluster:
     missing = [key for key in (*KEYS, "nodes", "gpus") if key not in said]
     if missing:
         raise UserError(f"{source} says nothing of {', '.join(missing)}; see clusters.yaml, or write `like: h100` to take the rest from there")
-    unknown = [key for key in said if key not in (*KEYS, "name", "nodes", "gpus", "reach", "scale_gbs", "source")]
+    unknown = [key for key in said if key not in (*KEYS, "name", "kind", "nodes", "gpus", "reach", "scale_gbs", "source")]
     if unknown:
         raise UserError(f"{source}: {unknown[0]} is no key of a cluster{suggest(unknown[0], [*KEYS, 'reach', 'scale_gbs'])}")
     gpu = next((gpu for gpu in GPUS if gpu.name == said["gpu"]), None)
@@ -117,6 +118,7 @@ def _build(said: dict[str, Any], *, source: str) -> Cluster:
     scale: Sequence[float] = said.get("scale_gbs", ())
     return Cluster(
         name=said["name"],
+        kind=said.get("kind", ""),
         nodes=int(said["nodes"]),
         gpus=int(said["gpus"]),
         gpu=gpu,
@@ -130,8 +132,3 @@ def _build(said: dict[str, Any], *, source: str) -> Cluster:
         scale=tuple(value * 1e9 for value in scale),
     )
 
-
-def resize(cluster: Cluster, world: int) -> Cluster:
-    """The same machines, so many GPUs of them."""
-    gpus = min(cluster.gpus, world)
-    return replace(cluster, nodes=max(1, -(-world // gpus)), gpus=gpus)

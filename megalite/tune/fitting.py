@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from megalite.tune.cluster import Cluster
 from megalite.tune.layouts import Array
-from megalite.tune.runtime import Constants, Runtime, names
-from megalite.tune.score import Runs, predict_time
+from megalite.tune.runtime import Constants, MemoryConstants, Runtime, names
+from megalite.tune.score import Runs, predict_memory, predict_time
 
-SHARES = ("tp_hidden", "zero_hidden", "hop_shown")  # between 0 and 1
+SHARES = ("tp_hidden", "zero_hidden", "hop_shown", "matmul", "attention")  # between 0 and 1
 KNEE = 0.15  # log error up to which a run counts in full
 FREEDOM = 0.8  # standard deviation, in logs, that a constant is given around what it was
 
@@ -37,8 +38,57 @@ def fit_time(runs: Runs, cluster: Cluster, runtime: Runtime, *, freedom: float =
         return np.log(predict_time(runs, cluster, of(place)) / runs.seconds)
 
     place = minimise(errors, start, freedom=freedom)
-    left = errors(place)
-    return replace(of(place), spread=float(1.4826 * np.median(np.abs(left - np.median(left)))))
+    return replace(of(place), spread=_spread(errors(place)))
+
+
+def fit_memory(runs: Runs, runtime: Runtime, *, freedom: float = FREEDOM) -> Runtime:
+    """The runtime with memory constants fitted to the runs that have a memory."""
+    runs = runs.take(np.isfinite(runs.memory) & ~runs.failed)
+    free = [name for name in names(MemoryConstants) if getattr(runtime.memory, name) > 0]
+    start = np.log([getattr(runtime.memory, name) for name in free])
+
+    def of(place: Array) -> Runtime:
+        return replace(runtime, memory=replace(runtime.memory, **dict(zip(free, np.exp(place).tolist(), strict=True))))
+
+    def errors(place: Array) -> Array:
+        return np.log(predict_memory(runs, of(place)) / runs.memory)
+
+    place = minimise(errors, start, freedom=freedom)
+    return replace(of(place), memory_spread=_spread(errors(place)))
+
+
+def _spread(left: Array) -> float:
+    """A standard deviation that bad days do not move: of the median distance from the median."""
+    return float(1.4826 * np.median(np.abs(left - np.median(left))))
+
+
+def fit(runs: Runs, cluster: Cluster, runtime: Runtime) -> Runtime:
+    """All that the runs say something of."""
+    if (np.isfinite(runs.seconds) & ~runs.failed).any():
+        runtime = fit_time(runs, cluster, runtime)
+    if (np.isfinite(runs.memory) & ~runs.failed).any():
+        runtime = fit_memory(runs, runtime)
+    return runtime
+
+
+def hold_out(runs: Runs, cluster: Cluster, runtime: Runtime, *, folds: int = 5) -> tuple[Array, Array]:
+    """Seconds and bytes of every run, predicted with constants fitted to the other folds alone: row n is in fold n % folds."""
+    fold = np.arange(len(runs.seconds)) % folds
+    seconds, held = np.zeros(len(fold)), np.zeros(len(fold))
+    for number in range(folds):
+        known = fit(runs.take(fold != number), cluster, runtime)
+        rest = runs.take(fold == number)
+        seconds[fold == number] = predict_time(rest, cluster, known)
+        held[fold == number] = predict_memory(rest, known)
+    return seconds, held
+
+
+def as_entry(runtime: Runtime, *, kinds: list[str], fitted: str) -> dict[str, Any]:
+    """What constants.yaml holds of a fit."""
+    rounded = {name: float(f"{getattr(runtime.constants, name):.4g}") for name in names(Constants)}
+    weighed = {name: float(f"{getattr(runtime.memory, name):.4g}") for name in names(MemoryConstants)}
+    spreads = {"spread": round(runtime.spread, 3), "memory_spread": round(runtime.memory_spread, 3)}
+    return {"runtimes": [runtime.name], "kinds": kinds, "fitted": fitted, **spreads, "time": rounded, "memory": weighed}
 
 
 def minimise(errors: Callable[[Array], Array], start: Array, *, freedom: float, rounds: int = 40) -> Array:

@@ -1,7 +1,7 @@
 """Many layouts at once: one column a setting, one row a layout; and every legal one of a run on so many GPUs.
 
 In: a run config and the number of GPUs.  Out: `Layouts`. Legal is what `fit.py` and `ds_config.py` accept, here in arrays; a test holds them
-together. A row becomes a run config again by `as_config`.
+together. A row becomes a run config again in choices.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ SCHEDULES = ("1f1b", "gpipe", "interleaved", "looped")
 RECOMPUTE = ("none", "selective", "full")
 OFFLOAD = ("none", "optimizer", "parameters")
 REDUCE = ("microbatch", "step")
+BUCKETS = (50_000_000, 200_000_000)
+LIVE = (100_000_000, 500_000_000, 2_000_000_000)
 
 
 @dataclass(frozen=True)
@@ -106,47 +108,54 @@ def legal(config: Config, found: Layouts) -> Array:
     return good & (found.stage >= np.array([0, 1, 3])[found.offload])
 
 
-def enumerate_layouts(config: Config, world: int, *, limit_tp: int | None = None) -> Layouts:
-    """Every legal layout of `world` GPUs. Choices that compute the same are made once: one stage knows no schedule."""
-    parts = [part for mesh in _meshes(config, world, limit_tp=limit_tp) if len(part := _choices(config, *mesh))]
+def enumerate_layouts(config: Config, world: int, *, pinned: dict[str, int] | None = None) -> Layouts:
+    """Every legal layout of `world` GPUs; `pinned` columns have that value. Choices that compute the same are made once."""
+    pinned = pinned or {}
+    parts = [part for mesh in _meshes(config, world, pinned) if len(part := _choices(config, mesh, pinned))]
     return Layouts.join(parts) if parts else Layouts.of(dp=[], tp=[], pp=[], micro=[], batch=[])
 
 
-def _meshes(config: Config, world: int, *, limit_tp: int | None) -> Iterator[tuple[int, int, int, int]]:
+def _meshes(config: Config, world: int, pinned: dict[str, int]) -> Iterator[dict[str, int]]:
     model = config.model
     for tp in divisors(world):
-        if model.heads % tp or model.num_kv_heads % tp or tp > (limit_tp or world):
+        if model.heads % tp or model.num_kv_heads % tp:
             continue
         for cp in divisors(world // tp):
             if model.heads % (tp * cp) or config.sequence % cp:
                 continue
             for pp in divisors(world // tp // cp):
-                if pp <= model.layers + 2 and config.train.global_batch % (world // tp // cp // pp) == 0:
-                    yield world // tp // cp // pp, tp, pp, cp
+                mesh = {"dp": world // tp // cp // pp, "tp": tp, "pp": pp, "cp": cp}
+                if pp > model.layers + 2 or config.train.global_batch % mesh["dp"]:
+                    continue
+                if all(mesh[axis] == pinned.get(axis, mesh[axis]) for axis in mesh):
+                    yield mesh
 
 
-def _choices(config: Config, dp: int, tp: int, pp: int, cp: int) -> Layouts:
+def _choices(config: Config, mesh: dict[str, int], pinned: dict[str, int]) -> Layouts:
     """All other settings on one mesh."""
-    batch, model = config.train.global_batch, config.model
-    micros = [micro for micro in divisors(batch // dp) if micro & (micro - 1) == 0 or micro % 3 == 0 and micro <= 12]
+    batch, pp = config.train.global_batch, mesh["pp"]
+    micros = [micro for micro in divisors(batch // mesh["dp"]) if micro & (micro - 1) == 0 or micro in (3, 6, 12)]
     schedules = [(0, 1)]
     if pp > 1:
-        most = (model.layers + 2) // pp
+        most = (config.model.layers + 2) // pp
         schedules += [(1, 1), *((kind, chunks) for kind in (2, 3) for chunks in (2, 3, 4, 6, 8) if chunks <= most)]
-    stages = [(0, 0)] if dp * cp == 1 else [(stage, 0) for stage in range(4)]
-    stages += [(stage, 1) for stage in (1, 2, 3)] + [(3, 2)]
-    reduces = (0, 1) if config.train.precision == "fp32" else (0,)
+    alone = mesh["dp"] * mesh["cp"] == 1  # nothing to shard over, but there is a host to offload to
+    stages = [(0, 0), (1, 1), (3, 2)] if alone else [*((stage, 0) for stage in range(4)), *((stage, 1) for stage in (1, 2, 3)), (3, 2)]
     axes = (
-        np.array(micros), np.arange(len(schedules)), np.arange(len(stages)), np.array(reduces), np.arange(len(RECOMPUTE)),
-        np.array([0, 1] if tp > 1 else [0]), np.array([50_000_000, 200_000_000]), np.array([100_000_000, 500_000_000, 1_000_000_000]),
+        micros, range(len(schedules)), range(len(stages)), (0, 1) if config.train.precision == "fp32" else (0,), range(len(RECOMPUTE)),
+        (0, 1) if mesh["tp"] > 1 else (0,), BUCKETS, LIVE,
     )  # fmt: skip
-    micro, schedule, zero, reduce, recompute, split, bucket, live = (axis.ravel() for axis in np.meshgrid(*axes, indexing="ij"))
+    micro, schedule, zero, reduce, recompute, halved, bucket, live = (
+        axis.ravel() for axis in np.meshgrid(*(np.array(axis) for axis in axes), indexing="ij")
+    )
     kinds, chunks = np.array(schedules).T[:, schedule]
     stage, offload = np.array(stages).T[:, zero]
     found = Layouts.of(
-        dp=dp, tp=tp, pp=pp, cp=cp, schedule=kinds, chunks=chunks, micro=micro, stage=stage, reduce=reduce, offload=offload,
-        recompute=recompute, split_sequence=split, bucket=bucket, live=live, batch=batch,
+        **mesh, schedule=kinds, chunks=chunks, micro=micro, stage=stage, reduce=reduce, offload=offload, recompute=recompute,
+        split_sequence=halved, bucket=bucket, live=live, batch=batch,
     )  # fmt: skip
-    once = (stage == 3) | (live == axes[-1][0])  # only ZeRO-3 gathers weights
-    once &= (stage > 0) | (bucket == axes[-2][0])
-    return found.take(legal(config, found) & once)
+    wanted = (stage == 3) | (live == LIVE[0])  # only ZeRO-3 gathers weights
+    wanted &= (stage > 0) | (bucket == BUCKETS[0])
+    for column, value in pinned.items():
+        wanted &= getattr(found, column) == value
+    return found.take(legal(config, found) & wanted)

@@ -58,8 +58,11 @@ class MemoryConstants:
     widening: float = 1.0
     logits: float = 1.0  # on the vocabulary's activations
     gradient: float = 1.0  # on gradients
-    slack: float = 1.0  # what the allocator holds over what is asked
-    head: float = 0.0
+    uncut: float = 0.0  # hidden states a block keeps whole on every tensor-parallel rank, though its own are cut along the sequence
+    passing: float = 0.0  # hidden states, whole, that live at the fullest moment only
+    fresh: float = 0.0  # bytes a parameter of gradients while the backward pass makes them
+    update: float = 0.0  # bytes a parameter that the optimizer needs for its own arithmetic
+    exchange: float = 0.0  # bytes a parameter of the rank's while gradients or new weights are exchanged
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Runtime:
     scatters: int = 2  # from which ZeRO stage on gradients are scattered, not all-reduced
     every: bool = False  # ZeRO-1 reduces after every microbatch
     flash: bool = True
+    state_bytes: float = 12.0  # a parameter: fp32 master weight and two moments
     constants: Constants = Constants()
     memory: MemoryConstants = MemoryConstants()
     spread: float = 0.15  # standard deviation of log(measured / predicted) of step times
@@ -82,16 +86,22 @@ class Runtime:
     fitted: str = ""  # on what
 
 
+# fmt: off
 DESIGN = {
     # ours: parallel/zero.py; gradients travel in the weights' type, bf16 ZeRO-1 runs on DeepSpeed's stage 2
     "megalite": Runtime("megalite", rule="cost", outer="dp", every=True),
     # nanotron: pipeline stages by a threshold on cost, ranks as (pp, dp, tp), fp32 gradients, ZeRO-1 scatters them
-    "nanotron": Runtime("nanotron", rule="threshold", outer="pp", gradient_width=4, scatters=1),
+    "nanotron": Runtime(
+        "nanotron", rule="threshold", outer="pp", gradient_width=4, scatters=1,
+        constants=Constants(launch=4e-3, launch_far=3e-3, alpha_between=1e-3),
+        memory=MemoryConstants(uncut=1.0, passing=2.0, fresh=0.5, update=6.0, exchange=2.0),
+    ),
     # Megatron-LM under DeepSpeed, as BLOOM and vTrain ran it: layers evenly, ranks as (pp, dp, tp), fp16 gradients, fused softmax
     "megatron-deepspeed": Runtime("megatron-deepspeed", rule="even", outer="pp", precision="fp16", flash=False),
     # PyTorch FSDP in bf16 with fp32 reduction (torchtitan's default): all of it is ZeRO-3 or ZeRO-2
     "fsdp": Runtime("fsdp", rule="even", outer="pp", gradient_width=4),
 }
+# fmt: on
 
 
 def find(name: str, *, kind: str = "") -> Runtime:

@@ -12,26 +12,21 @@ and suspect (1: left out). A cell is what a user would choose within: rows of th
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megalite.config import suggest
 from megalite.errors import UserError
-from megalite.tune import speed
-from megalite.tune.cluster import Cluster, resize
+from megalite.tune import memory, speed
+from megalite.tune.cluster import Cluster
 from megalite.tune.layouts import RECOMPUTE, Array, Layouts
 from megalite.tune.runtime import Runtime
 from megalite.tune.shape import Shape
 from megalite.tune.splits import split
 
 NEEDED = ("layers", "hidden", "heads", "seq", "mbs", "gbs")
-OPTIONAL = (
-    "kv_heads", "ffn", "vocab", "tied_embed", "gated", "cp", "zero", "recompute", "chunks", "nodes", "model", "suspect", "tp", "pp", "dp",
-    "gpus", "iter_ms", "tok_s_gpu", "tflops_gpu", "mem_gib", "status", "id", "mfu_pct", "gas", "params_b",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,8 @@ def read_runs(path: Path, runtime: Runtime) -> Runs:
         raise UserError(f"--score {path} has no column {(missing or ['dp or gpus'])[0]}; it has {', '.join(map(str, rows[0]))}")
 
     def column(name: str, default: float | Array) -> Array:
-        return np.array([_number(row.get(name), fallback, path, name) for row, fallback in zip(rows, np.broadcast_to(default, len(rows)), strict=True)])
+        fallback = np.broadcast_to(default, len(rows))
+        return np.array([_number(row.get(name), other, path, name) for row, other in zip(rows, fallback, strict=True)])
 
     def whole(name: str, default: float | Array) -> Array:
         return column(name, default).astype(np.int64)
@@ -111,3 +107,63 @@ def predict_time(runs: Runs, cluster: Cluster, runtime: Runtime) -> Array:
     parts = split(runs.shape, runs.layouts, runtime.rule)
     of = speed.step_time(runs.shape, runs.layouts, parts, cluster=cluster, runtime=runtime)
     return speed.total(of, runs.layouts, cluster, runtime)
+
+
+def predict_memory(runs: Runs, runtime: Runtime) -> Array:
+    """Bytes at the peak of the fullest rank, row by row."""
+    parts = split(runs.shape, runs.layouts, runtime.rule)
+    return memory.peak(memory.waterfall(runs.shape, runs.layouts, parts, runtime))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Errors of predictions; NaN where the table says nothing of it."""
+
+    timed: int  # runs with a time
+    weighed: int  # runs with a memory
+    time_mean: float  # mean |predicted / measured - 1|
+    time_median: float
+    memory_median: float
+    false_fits: float  # of the runs that ran out of memory (or failed), those said to fit with room to spare, of all runs said to fit
+    false_misses: float  # of the runs that ran, those said not to fit
+    rank: float  # Spearman's rank correlation within a cell, mean over the cells
+    top_five: float  # share of the cells whose best layout is among our best five
+    regret: float  # time of our first choice over the best one, less 1: mean over the cells
+
+
+def score(runs: Runs, seconds: Array, held: Array, *, limit: float) -> Score:
+    """`seconds` and `held` are predicted; `limit`: bytes of the GPU."""
+    timed = np.isfinite(runs.seconds) & ~runs.failed
+    weighed = np.isfinite(runs.memory) & ~runs.failed
+    off = np.abs(seconds[timed] / runs.seconds[timed] - 1)
+    heavy = np.abs(held[weighed] / runs.memory[weighed] - 1)
+    fits = held <= limit
+    ranks, hits, regrets = [], [], []
+    for cell in np.unique(runs.cell[timed]):
+        here = timed & (runs.cell == cell)
+        if here.sum() < 5:
+            continue
+        ours, truth = seconds[here], runs.seconds[here]
+        ranks.append(np.corrcoef(_ranks(ours), _ranks(truth))[0, 1])
+        hits.append(truth.argmin() in ours.argsort()[:5])
+        regrets.append(truth[ours.argmin()] / truth.min() - 1)
+    return Score(
+        timed=int(timed.sum()),
+        weighed=int(weighed.sum()),
+        time_mean=_mean(off),
+        time_median=float(np.median(off)) if len(off) else np.nan,
+        memory_median=float(np.median(heavy)) if len(heavy) else np.nan,
+        false_fits=_mean((fits & runs.failed)[fits]) if runs.failed.any() else np.nan,
+        false_misses=_mean(~fits[weighed]),
+        rank=_mean(ranks),
+        top_five=_mean(hits),
+        regret=_mean(regrets),
+    )
+
+
+def _ranks(values: Array) -> Array:
+    return values.argsort().argsort()
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")

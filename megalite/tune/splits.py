@@ -1,6 +1,6 @@
 """Who runs which layers: for every layout the ranks of a pipeline that can be the slowest or the fullest, as counts of layers.
 
-In: a shape, layouts, and the runtime's rule.  Out: `Split`: of at most WIDE ranks a layout, the blocks, whether embedding and head are there,
+In: a shape, layouts, and the runtime's rule.  Out: `Split`: of at most six ranks a layout, the blocks, whether embedding and head are there,
 and the place in the pipeline. Of ranks with the same layers the first one matters alone: it has the most microbatches in flight.
 
 Rules: `cost` is ours (parallel/stages.py); `threshold` is nanotron's (a layer is put on the stage at whose share of the cost it begins, and
@@ -23,7 +23,7 @@ WIDE = 6
 
 @dataclass(frozen=True)
 class Split:
-    """Arrays (n, WIDE); where a layout has fewer kinds of ranks, its last one is repeated."""
+    """Arrays (n, kinds of ranks); where a layout has fewer kinds, its last one is repeated."""
 
     blocks: Array
     embed: Array
@@ -37,18 +37,19 @@ Kind = tuple[int, int, int, int, int]  # blocks, embed, head, place, blocks of t
 
 def split(shape: Shape, layouts: Layouts, rule: str) -> Split:
     """Of every layout."""
-    num = len(layouts)
-    layers, block, head = (np.broadcast_to(value, num) for value in (shape.layers, shape.block_flops(), shape.head_flops()))
-    if rule == "threshold":
-        block, head = (np.broadcast_to(value, num) for value in _threshold_costs(shape))
-    keys = np.stack([layers, block, head, layouts.pp, layouts.chunks], axis=1).astype(np.float64)
-    unique, back = np.unique(keys, axis=0, return_inverse=True)
-    table = np.zeros((len(unique), WIDE, 5), dtype=np.int64)
-    for row, (count, cost, last, pp, chunks) in enumerate(unique.tolist()):
-        kinds = _kinds(int(count), cost, last, int(pp), int(chunks), rule)
-        table[row] = [*kinds, *[kinds[-1]] * (WIDE - len(kinds))]
+    block, head = _threshold_costs(shape) if rule == "threshold" else (shape.block_flops(), shape.head_flops())
+    if np.ndim(shape.layers) == 0:  # one model: two small numbers say which pipeline it is
+        unique, back = np.unique(layouts.pp * 1000 + layouts.chunks, return_inverse=True)
+        keys = [(int(shape.layers), float(block), float(head), *divmod(key, 1000)) for key in unique.tolist()]
+    else:
+        columns = np.stack(np.broadcast_arrays(shape.layers, block, head, layouts.pp, layouts.chunks), axis=1).astype(np.float64)
+        several, back = np.unique(columns, axis=0, return_inverse=True)
+        keys = [(int(layers), cost, last, int(pp), int(chunks)) for layers, cost, last, pp, chunks in several.tolist()]
+    kinds = [_kinds(*key, rule) for key in keys]
+    wide = max(len(ranks) for ranks in kinds)
+    table = np.array([[*ranks, *[ranks[-1]] * (wide - len(ranks))] for ranks in kinds], dtype=np.float64)
     found = table[back.ravel()]
-    return Split(*(found[:, :, column] for column in range(5)))
+    return Split(*(np.ascontiguousarray(found[:, :, column]) for column in range(5)))
 
 
 def _threshold_costs(shape: Shape) -> tuple[Array, Array]:
