@@ -30,7 +30,7 @@ Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor pa
       Text into shards: files of token ids that training maps into memory.
 
   megalite train RECIPE|FILE.yaml [--mesh.tp 4] [--train.steps 50] ...
-      Pretrain. The same command again resumes.
+      Pretrain. The same command again resumes. --dry-run: say what a rank would hold and send, and train nothing.
       Recipes: {", ".join(settings.recipes())}.
 
   megalite verify RECIPE|FILE.yaml [--mesh.tp 2] [--deepspeed ds_configs/zero3.json] ...
@@ -56,7 +56,15 @@ SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verbs = {"prepare": prepare, "train": train, "verify": verify, "tune": tune, "import": import_, "export": export, "checkpoint": checkpoint}
+    verbs = {
+        "prepare": prepare,
+        "train": train,
+        "verify": verify,
+        "tune": tune,
+        "import": import_,
+        "export": export,
+        "checkpoint": checkpoint,
+    }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             _say(HELP)
@@ -85,7 +93,12 @@ def prepare(arguments: list[str]) -> None:
 
 def train(arguments: list[str]) -> None:
     """megalite train RECIPE|FILE.yaml [--section.field VALUE ...]"""
-    config = _read_run("train", arguments)
+    dry = "--dry-run" in arguments
+    config = _read_run("train", [word for word in arguments if word != "--dry-run"])
+    if dry:
+        from megalite.tune import rehearsal
+
+        sys.exit(rehearsal.rehearse_run(config))
 
     from megalite import pretrain
 

@@ -42,7 +42,10 @@ def _make_gpu() -> None:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend(GPU)
-    getattr(torch, GPU).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    there = getattr(torch, GPU)
+    there.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    there.get_rng_state = lambda *_: torch.get_rng_state()
+    there.set_rng_state = lambda *_: None
     import deepspeed.accelerator.real_accelerator as real_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 

@@ -89,12 +89,10 @@ def as_config(config: Config, row: dict[str, int], *, deepspeed: str | None = No
 
 
 def document(row: dict[str, int], config: Config) -> dict[str, Any]:
-    """The DeepSpeed JSON of that layout; {} for ZeRO-0."""
+    """The DeepSpeed JSON of that layout; for ZeRO-0 too, whose buckets DeepSpeed would make of 5e8 elements."""
     stage, bucket = row["stage"], row["bucket"]
-    if stage == 0:
-        return {}
     zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": bucket}
-    zero["overlap_comm"] = stage > 1 or config.train.precision != "fp32"
+    zero["overlap_comm"] = stage > 1 or (stage == 1 and config.train.precision != "fp32")
     if stage < 3:
         zero["allgather_bucket_size"] = bucket
     else:

@@ -105,7 +105,9 @@ KEYS = ("gpu", "usable_gib", "inside_gbs", "node_link_gbs", "host_memory_gib", "
 def _build(said: dict[str, Any], *, source: str) -> Cluster:
     missing = [key for key in (*KEYS, "nodes", "gpus") if key not in said]
     if missing:
-        raise UserError(f"{source} says nothing of {', '.join(missing)}; see clusters.yaml, or write `like: h100` to take the rest from there")
+        raise UserError(
+            f"{source} says nothing of {', '.join(missing)}; see clusters.yaml, or write `like: h100` to take the rest from there"
+        )
     unknown = [key for key in said if key not in (*KEYS, "name", "kind", "nodes", "gpus", "reach", "scale_gbs", "source")]
     if unknown:
         raise UserError(f"{source}: {unknown[0]} is no key of a cluster{suggest(unknown[0], [*KEYS, 'reach', 'scale_gbs'])}")
@@ -131,4 +133,3 @@ def _build(said: dict[str, Any], *, source: str) -> Cluster:
         reach=said.get("reach", 0.75),
         scale=tuple(value * 1e9 for value in scale),
     )
-

@@ -10,12 +10,15 @@ On the fake GPU, attention keeps what our kernels keep (kernels/attention.py): q
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from megalite import launch
 from megalite.config import Config
@@ -41,7 +44,8 @@ class Trace:
 def trace(config: Config, document: dict[str, Any], *, rank: int, gpu: bool = True, owners: bool = True) -> Trace:
     """Of one rank of config.mesh, in a process of its own."""
     work = functools.partial(_pretend, config=config, document=document, rank=rank, gpu=gpu, owners=owners)
-    return launch.run_ranks(1, work)[0]
+    warm = () if gpu else ("megalite.engine",)  # with the fake GPU, DeepSpeed must not be imported before there is one
+    return launch.run_ranks(1, work, warm=warm)[0]
 
 
 def _pretend(_: int, *, config: Config, document: dict[str, Any], rank: int, gpu: bool, owners: bool) -> Trace:
@@ -94,9 +98,9 @@ def walk(config: Config, document: dict[str, Any], *, mesh: Any, owners: bool) -
 
 
 def _keep_as_kernels_do() -> None:
-    from megalite.models import layers
-
-    layers.attend = _attend  # type: ignore[assignment]
+    layers = importlib.import_module("megalite.models.layers")  # `megalite.models.layers` is a function too
+    layers.attend = _attend  # type: ignore[attr-defined]
+    functional.rms_norm = _rms_norm
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
@@ -107,11 +111,40 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
     return _Attention.apply(q, k, v)  # type: ignore[return-value]
 
 
+def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """One operation, as on CUDA; elsewhere PyTorch takes it apart and keeps more."""
+    return _RmsNorm.apply(x, weight)  # type: ignore[return-value]
+
+
+def _count(q: Tensor, k: Tensor, products: int) -> None:
+    """Enter products of s x s scores into the open books; attention counts all of them (models/counts.py)."""
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, Ledger):
+            b, rows, h, width = q.shape
+            mode.flops += products * 2 * b * h * rows * k.shape[1] * width
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Shapes alone: keeps its input and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        ctx.save_for_backward(x, weight, rows)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
 class _Attention(torch.autograd.Function):
     """Shapes alone: (b, s, h, k) -> (b, s, h, k), and the logarithm of each row's sum in fp32."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _count(q, k, 2)
         mixed = q.new_empty(q.shape)
         rows = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, mixed, rows)
@@ -120,5 +153,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         q, k, v, _, rows = ctx.saved_tensors
-        torch.empty_like(rows)  # the dot products of each row with its gradient
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _count(q, k, 5)
+        dots = torch.empty_like(rows)  # of each row with its gradient
+        found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        del dots
+        return found

@@ -6,7 +6,7 @@ account is that of our engine: DeepSpeed's flat buffers and buckets (parallel/ze
 
     turn      all activations are there and the head goes back: logits in fp32, their gradient beside them
     deep      the first block that goes back, with its gradients and buckets
-    update    activations are gone, gradients are copied flat beside their sums
+    update    activations are gone, the optimizer needs room for its arithmetic
 
 Other runtimes differ in `Account` (bytes a parameter) and in fitted factors. ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054; activations: counted as
 Korthikanti et al. 2022, arXiv:2205.05198, section 4, for fused attention and this house's blocks.
@@ -79,14 +79,15 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     rotated = np.where(shape.rope, columns - keys, 0)
     exchanged = np.where(layouts.cp > 1, columns + mixed, 0)
     activation = np.where(shape.gated, 4, 2) * f
+    turned = np.where(shape.rope, 8.0 * shape.sequence * k, 0.0)  # cosines and sines, for queries and for keys
     rows = 4.0 * ceil(shape.heads, t) + 4 * 4.0 / share  # one number a row of attention, two a norm
     narrow = 4.0 * d / share + c.uncut * d + columns + rotated + mixed + exchanged
-    whole = tokens * (w * (c.linear * narrow + c.widening * activation) + rows)
+    whole = tokens * (w * (c.linear * narrow + c.widening * activation) + rows) + turned
     if not runtime.flash:
         heads = ceil(shape.heads, t) * layouts.micro * 1.0 * shape.sequence**2
         whole = whole + heads * (2 * w + 1)  # scores before and after dropout, and its mask
     sums = np.where(t > 1, 2, 1)  # a product before it is summed over ranks, and the sum
-    dear = tokens * (w * (d / share + columns + mixed + sums * d / share * 2 + shape.ups * f) + 4.0 * ceil(shape.heads, t))
+    dear = tokens * w * (d / share + columns + sums * 2.0 * d / share + shape.ups * f)
     entry = tokens * w * d / share
     kept = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [entry + 0 * whole, dear], whole)
     return kept, whole
@@ -98,6 +99,7 @@ class _Wide:
     def __init__(self, shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> None:
         self.shape, self.layouts, self.split, self.runtime = shape, layouts, split, runtime
         t = layouts.tp
+        self.vocabulary_weight = _column(shape.vocab_weight(t))
         self.block = np.asarray(shape.block_cut(t) + shape.block_whole, dtype=float)
         ends = split.embed * _column(shape.embed_cut(t) + shape.embed_whole) + split.head * _column(shape.head_cut(t) + shape.head_whole)
         shared = split.embed * split.head * _column(np.where(shape.tied, shape.vocab_weight(t), 0))
@@ -110,14 +112,21 @@ class _Wide:
         kept, whole = block_kept(shape, layouts, runtime)
         flying = in_flight(layouts, split.place)
         sizes = np.where(layouts.chunks[:, None] > 1, split.blocks / layouts.chunks[:, None], split.blocks)
-        self.activations = flying * sizes * kept[:, None]
-        self.again = np.where(layouts.recompute[:, None] > 0, (whole - kept)[:, None], 0.0) * (split.blocks > 0)
-        self.block_whole = whole[:, None]
         hidden = tokens * np.asarray(shape.width) / np.where(layouts.split_sequence == 1, t, 1) * runtime.width
         self.hidden = hidden[:, None]
-        self.logits = split.head * (tokens * ceil(shape.vocab, t))[:, None]
+        vocabulary = split.head * (tokens * ceil(shape.vocab, t))[:, None]
+        ours = runtime.name == "megalite"
+        head = np.minimum(flying, layouts.microbatches[:, None]) * (split.head * self.hidden + 4.0 * vocabulary * ours)
+        self.activations = (
+            flying * (sizes * kept[:, None] + self.hidden) + head
+        )  # a stage keeps what it puts out; the head, its norm's result
+        self.again = np.where(layouts.recompute[:, None] > 0, (whole - kept)[:, None], 0.0) * (split.blocks > 0)
+        self.logits = vocabulary
         self.passing = runtime.memory.passing * (tokens * np.asarray(shape.width) * runtime.width)[:, None]
-        self.received = np.where(layouts.pp[:, None] > 1, 3 * self.hidden, 0.0)
+        self.received = np.where((layouts.pp > 1)[:, None] | (split.head == 0), self.hidden, 0.0)  # a gradient on its way
+        wide = np.where(shape.gated, 2, 1) * ceil(shape.mlp, t)
+        self.summed = 4.0 * (np.asarray(shape.width) * wide)[:, None] * ours  # the largest gradient on its way into its sum
+        self.going = runtime.width * (tokens * wide + np.asarray(shape.width) * ceil(shape.mlp, t))[:, None] + 2 * self.hidden
 
     def persistent(self) -> dict[str, Array]:
         """What lies there all the time."""
@@ -125,7 +134,9 @@ class _Wide:
         three = self.stage == 3
         weights = np.where(three, np.where(self.offload == 2, 0.0, w * self.own), w * self.parameters)
         states = np.where(self.offload >= 1, 0.0, r.state_bytes * self.own)
-        resident = np.where(three & (self.offload == 0), 4.0 * self.own, 0.0) if r.name == "megalite" else r.memory.gradient * 4.0 * self._summed()
+        resident = (
+            np.where(three & (self.offload == 0), 4.0 * self.own, 0.0) if r.name == "megalite" else r.memory.gradient * 4.0 * self._summed()
+        )
         context = np.full_like(self.own, r.memory.context)
         batch = np.broadcast_to((self.layouts.microbatches * self.layouts.micro * self.shape.sequence)[:, None] * 36.0, self.own.shape)
         return {"weights": weights, "optimizer": states, "gradients": resident, "runtime": context, "batch": batch * (r.name == "megalite")}
@@ -138,16 +149,18 @@ class _Wide:
     def _blank(self) -> dict[str, Array]:
         return {**dict.fromkeys(PARTS, np.zeros_like(self.own)), **self.persistent()}
 
-    def _gathered(self) -> Array:
-        """Weights that ZeRO-3 holds beside its shard: up to the limit and one module more."""
-        most = np.minimum(self.parameters, self.layouts.live[:, None] + self.block[:, None])
-        return np.where(self.stage == 3, self.runtime.width * most, 0.0)
+    def _gathered(self, *, turn: bool) -> Array:
+        """Weights that ZeRO-3 holds beside its shard: what is needed again within the limit, there and back, and the module at work."""
+        half, module = self.layouts.live[:, None] / 2, self.block[:, None] / 2
+        head = self.split.head * self.vocabulary_weight
+        most = np.maximum(half, np.where(head > 0, head, module)) if turn else half + module
+        return np.where(self.stage == 3, self.runtime.width * np.minimum(self.parameters, most), 0.0)
 
     def _buckets(self) -> Array:
         if self.runtime.name != "megalite":
             return np.zeros_like(self.own)
         bucket = self.layouts.bucket[:, None].astype(float)
-        return self.runtime.width * bucket * np.where((self.stage == 2) | (self.stage == 1), 2, 1)
+        return self.runtime.width * bucket * np.where((self.stage == 2) | (self.stage == 1), 2, 1)  # two where they overlap
 
     def _accumulated(self) -> Array:
         """Gradients' sums in fp32 that ZeRO-0 to 2 make anew in every step."""
@@ -156,9 +169,9 @@ class _Wide:
         return np.where((self.stage < 3) & (self.offload == 0), 4.0 * self.own, 0.0)
 
     def start_up(self) -> dict[str, Array]:
-        """The engine is built: weights, their flat copy, the optimizer's state."""
+        """The engine is built, layer by layer: no more than what stays, but without a batch."""
         found = self._blank()
-        found["working"] = np.where(self.stage == 3, 0.0, self.runtime.width * self.parameters) * (self.runtime.name == "megalite")
+        found["buckets"] = self._buckets() * (self.stage == 3)
         found["batch"] = np.zeros_like(self.own)
         return found
 
@@ -166,20 +179,21 @@ class _Wide:
         found = self._blank()
         tp, w, c = self.layouts.tp[:, None] > 1, self.runtime.width, self.runtime.memory
         found["activations"] = self.activations + self.received
-        each = np.where(tp, 4.0 + 4.0 + w, 4.0 * 3) if self.runtime.name == "megalite" else 12.0 + 4.0 * (self.layouts.microbatches > 1)[:, None]
-        found["working"] = self.logits * each * c.logits + 2 * self.hidden * self.split.head + self.passing
-        found["gathered"] = self._gathered()
-        first = self.layouts.microbatches[:, None] > 1  # sums and buckets of the microbatch before are there
-        found["buckets"] = self._buckets() * np.where(self.stage == 3, 1, first)
+        each = np.where(tp, 4.0 + w, 4.0 * 2) if self.runtime.name == "megalite" else 12.0 + 4.0 * (self.layouts.microbatches > 1)[:, None]
+        found["working"] = self.logits * each * c.logits + self.passing
+        found["gathered"] = self._gathered(turn=False)
+        breadth = np.isin(self.layouts.schedule, (1, 3))  # all forwards first
+        first = ((self.layouts.microbatches > 1) & ~breadth)[:, None]  # sums of the microbatch before are there
+        found["buckets"] = self._buckets() * (self.stage == 3)
         found["gradients"] = found["gradients"] + self._accumulated() * first
         return found
 
     def deep(self) -> dict[str, Array]:
         found = self._blank()
         found["activations"] = self.activations + self.received
-        found["working"] = self.passing + self.again + 0.35 * self.block_whole + self.runtime.width * self.block[:, None]
+        found["working"] = self.passing + self.again + self.going + self.summed * (self.stage < 3)
         found["gradients"] = found["gradients"] + self.runtime.memory.fresh * self.parameters
-        found["gathered"] = self._gathered()
+        found["gathered"] = self._gathered(turn=False)
         found["buckets"] = self._buckets()
         found["gradients"] = found["gradients"] + self._accumulated()
         return found
@@ -189,9 +203,8 @@ class _Wide:
         ours = self.runtime.name == "megalite"
         found["gradients"] = found["gradients"] + self._accumulated()
         c = self.runtime.memory
-        copied = 4.0 * self.own if ours else c.update * self.own + c.exchange * self.parameters
-        found["working"] = np.where(self.offload == 0, copied, 0.0)
-        found["gathered"] = self._gathered() * 0.0
+        if not ours:  # DeepSpeed's sums are flat already, and the fused update works in place
+            found["working"] = np.where(self.offload == 0, c.update * self.own + c.exchange * self.parameters, 0.0)
         found["buckets"] = self._buckets() * (self.stage == 3)
         return found
 

@@ -90,7 +90,9 @@ def read_runs(path: Path, runtime: Runtime) -> Runs:
     seconds = np.where(np.isnan(seconds), flops / (column("tflops_gpu", np.nan) * 1e12 * world), seconds)
     failed = np.array([(row.get("status") or "ok") != "ok" for row in rows])
     cells = np.stack([layers, hidden, sequence, layouts.batch, world], axis=1)
-    return Runs(shape, layouts, seconds, column("mem_gib", np.nan) * 2**30, failed, np.unique(cells, axis=0, return_inverse=True)[1].ravel())
+    return Runs(
+        shape, layouts, seconds, column("mem_gib", np.nan) * 2**30, failed, np.unique(cells, axis=0, return_inverse=True)[1].ravel()
+    )
 
 
 def _number(text: str | None, default: float, path: Path, name: str) -> float:

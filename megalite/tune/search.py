@@ -187,7 +187,11 @@ def _changes(best: dict[str, int]) -> Iterator[dict[str, int]]:
     for axis, other in (("tp", "dp"), ("pp", "dp"), ("tp", "pp"), ("dp", "tp"), ("dp", "pp"), ("pp", "tp")):
         if best[axis] % 2 == 0:
             moved = change(**{axis: best[axis] // 2, other: best[other] * 2})
-            yield {**moved, **({"schedule": 0, "chunks": 1} if moved["pp"] == 1 else {}), **({"split_sequence": 0} if moved["tp"] == 1 else {})}
+            yield {
+                **moved,
+                **({"schedule": 0, "chunks": 1} if moved["pp"] == 1 else {}),
+                **({"split_sequence": 0} if moved["tp"] == 1 else {}),
+            }
     if best["tp"] > 1:
         yield change(split_sequence=1 - best["split_sequence"])
     if not best["offload"] and best["stage"]:

@@ -115,6 +115,7 @@ def _balanced(costs: tuple[int, float, float]):
                 (max(below[start][0], plain[stop] - plain[start]), below[start][1] + (plain[stop] - plain[start]) ** 2, start)
                 for start in range(parts - 1, stop)
             )
+
     def cut(parts: int) -> list[range]:
         ranges, stop = [], num
         for index in range(parts, 0, -1):

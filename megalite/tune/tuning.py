@@ -19,7 +19,7 @@ from megalite.config import Config
 from megalite.errors import UserError
 from megalite.hardware import GIB
 from megalite.log import open_console
-from megalite.tune import choices, cluster, explain, fitting, runtime, scoring, search
+from megalite.tune import choices, cluster, explain, runtime, scoring, search
 from megalite.tune.shape import Shape
 from megalite.upkeep import Section
 
@@ -59,7 +59,9 @@ def tune(asked: Tuning, overrides: dict[str, Any]) -> int:
         raise UserError(f"megalite tune needs --cluster NODESxGPUSxKIND, for instance 8x8xH100; kinds are {', '.join(cluster.table())}")
     machines = cluster.find(asked.cluster)
     if asked.score:
-        return scoring.score_table(asked.score, machines, runtime.find(asked.runtime, kind=machines.kind), held_out=asked.hold_out, fitted=asked.fit)
+        return scoring.score_table(
+            asked.score, machines, runtime.find(asked.runtime, kind=machines.kind), held_out=asked.hold_out, fitted=asked.fit
+        )
     if len(asked.run) != 1:
         raise UserError(f"megalite tune needs one recipe ({', '.join(settings.recipes())}) or run file; {len(asked.run)} were given")
     config = _read_run(asked, overrides)
@@ -146,7 +148,9 @@ def _asked_layout(words: str, found: search.Found, rows: list[int]) -> tuple[Any
         if reason := choices.why_not(found.config, one.row(0)):
             raise UserError(f"--explain {words}: {reason}")
         if int(one.world[0]) != found.cluster.world:
-            raise UserError(f"--explain {words} takes {int(one.world[0])} GPUs, but {found.cluster.name} has {found.cluster.world}; change dp")
+            raise UserError(
+                f"--explain {words} takes {int(one.world[0])} GPUs, but {found.cluster.name} has {found.cluster.world}; change dp"
+            )
     return one, choices.say(one.row(0))
 
 
@@ -170,4 +174,8 @@ def write(found: search.Found, row: int, path: Path, *, source: str) -> list[str
     start = f"megalite train {run}"
     if nodes > 1:
         start = f"srun --nodes {nodes} --ntasks-per-node {gpus} --gpus-per-node {gpus} megalite train {run}"
-    return [f"deepspeed    {path}", f"run          {run}   (of {source}; name the shards with --data.train)", f"start        {start} --data.train PREFIX"]
+    return [
+        f"deepspeed    {path}",
+        f"run          {run}   (of {source}; name the shards with --data.train)",
+        f"start        {start} --data.train PREFIX",
+    ]
