@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite_kernels", "megalite_ds_configs"],
     package_dir={"megalite_kernels": "kernels", "megalite_ds_configs": "ds_configs"},
-    package_data={"megalite": ["recipes/*.yaml"], "megalite_kernels": ["tables.json"], "megalite_ds_configs": ["*.json"]},
+    package_data={"megalite": ["recipes/*.yaml", "tune/*.yaml"], "megalite_kernels": ["tables.json"], "megalite_ds_configs": ["*.json"]},
     install_requires=[
         "torch>=2.13",
         "deepspeed==0.19.8",

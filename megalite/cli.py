@@ -39,6 +39,9 @@ Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor pa
   megalite tune RECIPE|FILE.yaml --cluster 8x8xH100 [--write ds_configs/tuned.json] [--explain 1] [--dry-run] ...
       Which layout fits and is fastest there? Predicted, without a GPU.
 
+  megalite bench RECIPE|FILE.yaml [--steps 30] | --sweep FILE.yaml | compare A.json B.json | network
+      Tokens a second, FLOP/s, memory, and where the time goes; measured.
+
   megalite import NAME|FOLDER --output RUN_FOLDER
       A Hugging Face GPT-2, Llama, Mistral or BERT as step 0 of a run.
 
@@ -61,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train": train,
         "verify": verify,
         "tune": tune,
+        "bench": bench,
         "import": import_,
         "export": export,
         "checkpoint": checkpoint,
@@ -123,6 +127,15 @@ def tune(arguments: list[str]) -> None:
     sys.exit(tuning.tune(request, read_flags(of_run, Config)))
 
 
+def bench(arguments: list[str]) -> None:
+    """megalite bench RECIPE|FILE.yaml [--steps N] [--section.field VALUE ...]"""
+    from megalite.tune import benching
+
+    of_run, own = _part(arguments)
+    request = _read_request("bench RECIPE|FILE.yaml", own, benching.Benching, positional="what")
+    sys.exit(benching.bench(request, read_flags(of_run, Config)))
+
+
 def _part(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Flags of a run, which have a section (--mesh.tp 4), and the rest."""
     of_run: list[str] = []
@@ -130,7 +143,8 @@ def _part(arguments: list[str]) -> tuple[list[str], list[str]]:
     into = own
     for word in arguments:
         if word.startswith("--"):
-            into = of_run if "." in word.partition("=")[0] else own
+            name = word.partition("=")[0]
+            into = of_run if "." in name or name == "--deepspeed" else own
         into.append(word)
     return of_run, own
 

@@ -1,8 +1,9 @@
 """One rank of any world without the others and without memory: DeepSpeed and torch on fake tensors, in a world of one process.
 
 In: the rank and the size of the world to pretend, and whether there is a GPU in it.  Out: torch.distributed with a process group whose
-collectives do nothing, and a device. Inside `pretending()` tensors have shapes and no data. What asks for data is answered so that a run goes
-on: numbers are 1, nothing overflows, everything is equal. The process is of no use for anything else afterwards: run it in one of its own.
+collectives do nothing, and a device. Inside `pretending()` tensors have shapes and no data. What asks for data is answered so that a run
+goes on: numbers are 1, nothing overflows, everything is equal. The process is of no use for anything else afterwards: run it in one of its
+own.
 
 What DeepSpeed 0.19.8 and torch 2.13 need for that is here, each with its reason.
 """

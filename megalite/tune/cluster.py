@@ -1,8 +1,8 @@
 """What a cluster can do: GPUs, links and hosts, from data sheets and published measurements, and by the user's own YAML.
 
 In: `8x8xH100` (nodes x GPUs a node x kind), or a YAML file.  Out: a `Cluster`. The table is clusters.yaml, every number with its source.
-Bandwidths are bytes a second. `inside` is the bus bandwidth that a ring of all GPUs of one node reaches, `node_link` what leaves a node, all its
-links together, `scale` the bus bandwidth measured over 1, 2, 4, ... nodes where somebody measured it.
+Bandwidths are bytes a second. `inside` is the bus bandwidth that a ring of all GPUs of one node reaches, `node_link` what leaves a node,
+all its links together, `scale` the bus bandwidth measured over 1, 2, 4, ... nodes where somebody measured it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megalite.config import suggest
 from megalite.errors import UserError
 from megalite.hardware import GIB, GPUS, Gpu
 
-PATTERN = re.compile(r"(?:(\d+)x)?(\d+)x([\w.-]+)", re.ASCII)
+PATTERN = re.compile(r"(?:(\d+)x)?(\d+)x(?!\d+$)([\w.-]+)", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Dry run: the real models, our parallel layers and the real DeepSpeed engine, for one rank of any world, without memory and without a GPU.
 
-In: a run config, its DeepSpeed document, a rank.  Out: what that rank would hold at most while it is built and in a step (and which lines of
-code own it), the FLOPs it computes and every collective it calls. Fake tensors have shapes and no data (parallel/pretend.py); the books
+In: a run config, its DeepSpeed document, a rank.  Out: what that rank would hold at most while it is built and in a step (and which lines
+of code own it), the FLOPs it computes and every collective it calls. Fake tensors have shapes and no data (parallel/pretend.py); the books
 are those of a real run (ledger.py), and a test compares them with real ranks, byte for byte.
 
 On the fake GPU, attention keeps what our kernels keep (kernels/attention.py): queries, keys, values, the result, and one number a row.

@@ -1,7 +1,7 @@
 """Many layouts at once: one column a setting, one row a layout; and every legal one of a run on so many GPUs.
 
-In: a run config and the number of GPUs.  Out: `Layouts`. Legal is what `fit.py` and `ds_config.py` accept, here in arrays; a test holds them
-together. A row becomes a run config again in choices.py.
+In: a run config and the number of GPUs.  Out: `Layouts`. Legal is what `fit.py` and `ds_config.py` accept, here in arrays; a test holds
+them together. A row becomes a run config again in choices.py.
 """
 
 from __future__ import annotations

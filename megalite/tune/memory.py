@@ -1,15 +1,15 @@
 """How much memory a rank needs at its fullest, as a waterfall: what lies there for the whole run, and what comes and goes.
 
-In: a shape, layouts with their stage splits, a runtime.  Out: bytes by part, of the fullest rank of each layout, and what the host holds. The
-account is that of our engine: DeepSpeed's flat buffers and buckets (parallel/zero.py), the tensors that autograd keeps for each block
+In: a shape, layouts with their stage splits, a runtime.  Out: bytes by part, of the fullest rank of each layout, and what the host holds.
+The account is that of our engine: DeepSpeed's flat buffers and buckets (parallel/zero.py), the tensors that autograd keeps for each block
 (models/layers.py), one set a microbatch in flight. A step has three moments that can be its fullest, and building the engine one:
 
     turn      all activations are there and the head goes back: logits in fp32, their gradient beside them
     deep      the first block that goes back, with its gradients and buckets
     update    activations are gone, the optimizer needs room for its arithmetic
 
-Other runtimes differ in `Account` (bytes a parameter) and in fitted factors. ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054; activations: counted as
-Korthikanti et al. 2022, arXiv:2205.05198, section 4, for fused attention and this house's blocks.
+Other runtimes differ in `Account` (bytes a parameter) and in fitted factors. ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054; activations:
+counted as Korthikanti et al. 2022, arXiv:2205.05198, section 4, for fused attention and this house's blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ FULL, SELECTIVE = RECOMPUTE.index("full"), RECOMPUTE.index("selective")
 
 
 def waterfall(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> dict[str, Array]:
-    """Bytes by the names of PARTS at the fullest moment of the fullest rank; their sum is the peak. `moment` indexes MOMENTS, `rank` the split."""
+    """Bytes by the names of PARTS at the fullest moment of the fullest rank; their sum is the peak. `moment` indexes MOMENTS, `rank` the
+    split."""
     wide = _Wide(shape, layouts, split, runtime)
     moments = [wide.start_up(), wide.turn(), wide.deep(), wide.update()]
     totals = np.stack([sum(parts.values()) for parts in moments])  # (moments, n, kinds)

@@ -1,7 +1,7 @@
 """`--dry-run`: the real engine on fake tensors says what the closed form predicts, for `megalite tune` and `megalite train`.
 
-In: layouts that a search found, or a run.  Out: on the console, for the fullest rank: memory at start-up and in a step with the lines of code that
-own it, FLOPs, and collectives with their bytes. Nothing is trained and nothing is written.
+In: layouts that a search found, or a run.  Out: on the console, for the fullest rank: memory at start-up and in a step with the lines of
+code that own it, FLOPs, and collectives with their bytes. Nothing is trained and nothing is written.
 """
 
 from __future__ import annotations

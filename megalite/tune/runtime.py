@@ -1,7 +1,7 @@
 """How a training stack differs from another where memory and time are concerned, and the constants that were fitted to its measured runs.
 
-In: a runtime's name, and the cluster if it was calibrated.  Out: a `Runtime`. What a stack does by design stands here; what had to be fitted is
-in constants.yaml, with the table it was fitted on and the error that was left (see fitting.py).
+In: a runtime's name, and the cluster if it was calibrated.  Out: a `Runtime`. What a stack does by design stands here; what had to be
+fitted is in constants.yaml, with the table it was fitted on and the error that was left (see fitting.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from megalite.errors import UserError
 
 @dataclass(frozen=True)
 class Constants:
-    """Of the time model (see speed.py). Shares and factors are pure numbers, the rest is seconds; the defaults are physics and judgement."""
+    """Of the time model (see speed.py). Shares and factors are pure numbers, the rest is seconds; the defaults are physics and
+    judgement."""
 
     matmul: float = 0.95  # of the reachable peak, for large products
     operands: float = 1.0  # how often a product's operands and result pass through memory

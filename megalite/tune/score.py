@@ -1,12 +1,12 @@
 """How well do the predictions stand beside measured runs? `megalite tune --score FILE.csv --runtime R`.
 
-In: a table, one run a row.  Out: the errors, in the terms in which a user would curse: layouts that were said to fit and did not, memory, step
-time, and whether the best one would have been found.
+In: a table, one run a row.  Out: the errors, in the terms in which a user would curse: layouts that were said to fit and did not, memory,
+step time, and whether the best one would have been found.
 
-Columns: layers hidden heads seq mbs gbs, and tp pp dp (dp may be left out where gpus is there); at least one measured: iter_ms, tok_s_gpu or
-tflops_gpu for time, mem_gib for memory, status (ok, oom, fail). Optional: kv_heads (heads), ffn (4 x hidden), vocab (51200), tied_embed (1),
-gated (1 where ffn is given and is not 4 x hidden), cp (1), zero (0), recompute (none; full for megatron-deepspeed), chunks (1), nodes, model
-and suspect (1: left out). A cell is what a user would choose within: rows of the same model, GPUs, sequence and batch.
+Columns: layers hidden heads seq mbs gbs, and tp pp dp (dp may be left out where gpus is there); at least one measured: iter_ms, tok_s_gpu
+or tflops_gpu for time, mem_gib for memory, status (ok, oom, fail). Optional: kv_heads (heads), ffn (4 x hidden), vocab (51200), tied_embed
+(1), gated (1 where ffn is given and is not 4 x hidden), cp (1), zero (0), recompute (none; full for megatron-deepspeed), chunks (1),
+nodes, model and suspect (1: left out). A cell is what a user would choose within: rows of the same model, GPUs, sequence and batch.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ def read_runs(path: Path, runtime: Runtime) -> Runs:
     gated = whole("gated", (ffn != 4 * hidden) | ("ffn" in rows[0])).astype(bool)
     vocab, sequence = whole("vocab", 51200), whole("seq", 0)
     shape = Shape(
-        layers=layers, width=hidden, heads=heads, kv_heads=whole("kv_heads", heads), mlp=ffn, vocab=vocab, sequence=sequence, gated=gated,
-        tied=whole("tied_embed", 1).astype(bool), bias=~gated, learned=~gated, rms=gated, positions=np.where(gated, 0, sequence), rope=gated,
+        layers=layers, width=hidden, heads=heads, kv_heads=whole("kv_heads", heads), mlp=ffn, vocab=vocab, sequence=sequence,
+        gated=gated, tied=whole("tied_embed", 1).astype(bool), bias=~gated, learned=~gated, rms=gated,
+        positions=np.where(gated, 0, sequence), rope=gated,
     )  # fmt: skip
     tp, pp, cp = whole("tp", 1), whole("pp", 1), whole("cp", 1)
     dp = whole("dp", np.maximum(1, column("gpus", 0) // (tp * pp * cp)))

@@ -1,7 +1,7 @@
 """The layouts of a run on a cluster, the fastest that fits first; and why its neighbours are not in its place.
 
-In: a run config, a cluster, a runtime, settings that are pinned.  Out: `Found`. Memory is computed for every legal layout, time for those that
-fit; a million layouts take seconds on one core.
+In: a run config, a cluster, a runtime, settings that are pinned.  Out: `Found`. Memory is computed for every legal layout, time for those
+that fit; a million layouts take seconds on one core.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A model's sizes, as numbers or as arrays of many models, and what a layer of it weighs and computes once tensor parallelism has cut it.
 
-In: `config.Model`, or columns of a table of runs.  Out: parameters, FLOPs and stage costs, vectorised; `models/counts.py` is the same for one
-model, and a test holds the two together. Plain arithmetic: numpy and no torch, so that a layout is judged in a second.
+In: `config.Model`, or columns of a table of runs.  Out: parameters, FLOPs and stage costs, vectorised; `models/counts.py` is the same for
+one model, and a test holds the two together. Plain arithmetic: numpy and no torch, so that a layout is judged in a second.
 
 Symbols: s sequence, d width, h query heads, g key-value heads, k head width, f MLP width, v vocabulary, t tensor-parallel degree.
 """

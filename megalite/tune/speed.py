@@ -2,12 +2,12 @@
 
 In: a shape, layouts with their stage splits, a cluster, a runtime's constants.  Out: seconds by part, `(n,)` each, whose sum is the step.
 
-A matrix product m x n x k takes 2mnk over the reachable peak plus its operands and results over the memory's bandwidth, (mk + kn + mn) w: the
-roofline of Williams et al. 2009, with a sum for its maximum, which rounds the corner as tiles and waves do. Attention by FlashAttention is
-4 s^2 h k over a peak of its own, causal ones half of that, backward 2.5 times as much (arXiv:2307.08691, section 3.1). Norms, activations and
-residuals are bytes over bandwidth. A block cannot be faster than its kernels are launched. Collectives are alpha + bytes / beta (Hockney
-1994; rings as in Patarasuk and Yuan 2009); beta falls with the nodes that take part. A pipeline's step is the sum of all stages once and
-the slowest m - 1 times more (Narayanan et al. 2021, arXiv:2104.04473, section 2.2, for stages that differ).
+A matrix product m x n x k takes 2mnk over the reachable peak plus its operands and results over the memory's bandwidth, (mk + kn + mn) w:
+the roofline of Williams et al. 2009, with a sum for its maximum, which rounds the corner as tiles and waves do. Attention by
+FlashAttention is 4 s^2 h k over a peak of its own, causal ones half of that, backward 2.5 times as much (arXiv:2307.08691, section 3.1).
+Norms, activations and residuals are bytes over bandwidth. A block cannot be faster than its kernels are launched. Collectives are alpha +
+bytes / beta (Hockney 1994; rings as in Patarasuk and Yuan 2009); beta falls with the nodes that take part. A pipeline's step is the sum of
+all stages once and the slowest m - 1 times more (Narayanan et al. 2021, arXiv:2104.04473, section 2.2, for stages that differ).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Pass:
 def step_time(shape: Shape, layouts: Layouts, split: Split, *, cluster: Cluster, runtime: Runtime) -> dict[str, Array]:
     """Seconds of an optimizer step by the names of PARTS."""
     once = one_pass(shape, layouts, cluster, runtime)
-    blocks, head = sum(once.block.values()), sum(once.head.values())
+    blocks: Array = sum(once.block.values())  # type: ignore[assignment]
+    head: Array = sum(once.head.values())  # type: ignore[assignment]
     constants = runtime.constants
     embed = constants.embed * blocks  # a look-up and, under tensor parallelism, a sum
     m = layouts.microbatches
@@ -45,7 +46,7 @@ def step_time(shape: Shape, layouts: Layouts, split: Split, *, cluster: Cluster,
     rows = np.arange(len(layouts))
     worst = ranks[rows, slowest]
     whole = shape.layers * blocks + head + embed
-    found = dict.fromkeys(PARTS, np.zeros(len(layouts)))
+    found: dict[str, Array] = dict.fromkeys(PARTS, np.zeros(len(layouts)))  # type: ignore[assignment]
     mine, last = split.blocks[rows, slowest], split.head[rows, slowest]
     for name in once.block:
         found[name] = m * (mine * once.block[name] + last * once.head.get(name, 0.0))

@@ -1,7 +1,7 @@
 """Who runs which layers: for every layout the ranks of a pipeline that can be the slowest or the fullest, as counts of layers.
 
-In: a shape, layouts, and the runtime's rule.  Out: `Split`: of at most six ranks a layout, the blocks, whether embedding and head are there,
-and the place in the pipeline. Of ranks with the same layers the first one matters alone: it has the most microbatches in flight.
+In: a shape, layouts, and the runtime's rule.  Out: `Split`: of at most six ranks a layout, the blocks, whether embedding and head are
+there, and the place in the pipeline. Of ranks with the same layers the first one matters alone: it has the most microbatches in flight.
 
 Rules: `cost` is ours (parallel/stages.py); `threshold` is nanotron's (a layer is put on the stage at whose share of the cost it begins, and
 the next stage begins behind the layer that passes the share); `even` is Megatron-LM's, layers / pp a stage, embedding and head at the ends.

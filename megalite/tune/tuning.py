@@ -1,15 +1,16 @@
 """`megalite tune`: which layout, will it fit, how fast will it be; before a GPU is rented.
 
-In: a run, a cluster, and what is asked.  Out: a ranked table with the reasons against the neighbours, and when asked a DeepSpeed JSON, a run
-file and the launch line; one layout explained; predictions scored against a table of measured runs. No torch.
+In: a run, a cluster, and what is asked.  Out: a ranked table with the reasons against the neighbours, and when asked a DeepSpeed JSON, a
+run file and the launch line; one layout explained; predictions scored against a table of measured runs. No torch.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
+import numpy as np
 import yaml
 from pydantic import PositiveInt
 from rich.table import Table
@@ -38,11 +39,13 @@ class Tuning(Section):
     write: str | None = None
     """Write the best layout: FILE.json for DeepSpeed, and beside it FILE.yaml, the run."""
     explain: str | None = None
-    """Account for one layout, by its place in the table or in words (`dp8 tp4 pp2 zero3 micro2 sp`): memory as a waterfall, time by part."""
+    """Account for one layout, by its place in the table or in words (`dp8 tp4 pp2 zero3 micro2 sp`): memory as a waterfall, time by
+    part."""
     picture: str | None = None
     """With explain: the same as a picture, FILE.html."""
     dry_run: bool = False
-    """Build rank 0 of the best layouts with the real engine on fake tensors: exact memory, FLOPs and collectives; takes a minute or so each."""
+    """Build rank 0 of the best layouts with the real engine on fake tensors: exact memory, FLOPs and collectives; takes a minute or so
+    each."""
     score: str | None = None
     """A CSV of measured runs: how far off are predictions? No run is needed."""
     runtime: Literal["megalite", "nanotron", "megatron-deepspeed", "fsdp"] = "megalite"
@@ -69,7 +72,7 @@ def tune(asked: Tuning, overrides: dict[str, Any]) -> int:
     rows = found.best(asked.top)
     console = open_console()
     if not rows:
-        return _say_nothing_fits(found)
+        _say_nothing_fits(found)
     console.print(_headline(found), _table(found, rows), sep="\n")
     for neighbour in search.neighbours(found, rows[0]):
         console.print(f"  {neighbour.words:44s} {neighbour.reason}", markup=False)
@@ -122,19 +125,26 @@ def _table(found: search.Found, rows: list[int]) -> Table:
         rate = found.config.train.global_batch * found.config.sequence / found.cluster.world / seconds
         low, high = search.interval(rate, found.runtime.spread)
         table.add_row(
-            f"{place}", choices.say(found.judged.layouts.row(row)), f"{rate:,.0f}", f"{low:,.0f} to {high:,.0f}",
-            f"{search.mfu(found, seconds):.1%}", f"{found.judged.held[row] / GIB:.1f} of {found.cluster.usable / GIB:.1f}", f"{seconds:.3f}",
+            f"{place}",
+            choices.say(found.judged.layouts.row(row)), f"{rate:,.0f}", f"{low:,.0f} to {high:,.0f}",
+            f"{search.mfu(found, seconds):.1%}", f"{found.judged.held[row] / GIB:.1f} of {found.cluster.usable / GIB:.1f}",
+            f"{seconds:.3f}",
         )  # fmt: skip
     return table
 
 
-def _say_nothing_fits(found: search.Found) -> int:
-    least = int(found.judged.held.argmin())
-    words = choices.say(found.judged.layouts.row(least))
+def _say_nothing_fits(found: search.Found) -> NoReturn:
+    judged, room = found.judged, found.cluster.host_memory / GIB
+    on_gpu = judged.held <= found.limit
+    least = int(
+        np.where(on_gpu, judged.host, judged.host.max() + judged.held).argmin()
+    )  # of those that fit a GPU, the smallest on its host
+    needs = f"{judged.held[least] / GIB:.1f} of {found.cluster.usable / GIB:.1f} GiB, of which {found.limit / GIB:.1f} can be trusted"
+    if on_gpu.any():
+        needs = f"{judged.host[least] * found.cluster.gpus / GIB:.0f} of {room:.0f} GiB of host memory"
     raise UserError(
-        f"none of {len(found.judged.layouts):,} layouts fits {found.cluster.name}: the smallest is {words} with "
-        f"{found.judged.held[least] / GIB:.1f} of {found.cluster.usable / GIB:.1f} GiB, of which {found.limit / GIB:.1f} can be trusted; "
-        "take more GPUs, a shorter sequence, or a smaller model"
+        f"none of {len(judged.layouts):,} layouts fits {found.cluster.name}: the smallest is {choices.say(judged.layouts.row(least))} with "
+        f"{needs}; take more GPUs, a shorter sequence, or a smaller model"
     )
 
 
