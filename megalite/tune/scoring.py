@@ -15,7 +15,7 @@ from rich.table import Table
 from megalite.log import open_console
 from megalite.tune import fitting, search
 from megalite.tune.cluster import Cluster
-from megalite.tune.runtime import Runtime
+from megalite.tune.runtime import DESIGN, Runtime
 from megalite.tune.score import Score, predict_memory, predict_time, read_runs, score
 
 SAID = {
@@ -35,8 +35,8 @@ SAID = {
 def score_table(name: str, cluster: Cluster, runtime: Runtime, *, held_out: bool, fitted: bool) -> int:
     """Print the errors; returns 0."""
     runs = read_runs(Path(name), runtime)
-    if held_out:
-        seconds, held = fitting.hold_out(runs, cluster, runtime)
+    if held_out:  # from constants that have seen no table
+        seconds, held = fitting.hold_out(runs, cluster, DESIGN[runtime.name])
     else:
         seconds, held = predict_time(runs, cluster, runtime), predict_memory(runs, runtime)
     console = open_console()
@@ -44,7 +44,7 @@ def score_table(name: str, cluster: Cluster, runtime: Runtime, *, held_out: bool
     console.print(f"{name}, {runtime.name} on {cluster.name}; {how}", markup=False)
     console.print(_table(score(runs, seconds, held, limit=search.limit(cluster, runtime))))
     if fitted:
-        entry = fitting.as_entry(fitting.fit(runs, cluster, runtime), kinds=[cluster.kind], fitted=Path(name).name)
+        entry = fitting.as_entry(fitting.fit(runs, cluster, DESIGN[runtime.name]), kinds=[cluster.kind], fitted=Path(name).name)
         console.print(yaml.safe_dump([entry], sort_keys=False), markup=False)
     return 0
 
