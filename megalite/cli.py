@@ -107,6 +107,20 @@ def train(arguments: list[str]) -> None:
     from megalite import pretrain
 
     pretrain.pretrain(config, command=shlex.join(["train", *arguments]))
+    _look_back(config)
+
+
+def _look_back(config: Config) -> None:
+    """On GPUs: what was predicted beside what was measured."""
+    import torch
+
+    from megalite import launch
+
+    if torch.cuda.is_available() and launch.is_rank_zero():
+        from megalite.tune import hindsight
+
+        for line in hindsight.look_back(config, device=torch.cuda.get_device_name(), gpus=torch.cuda.device_count()):
+            _say(line)
 
 
 def verify(arguments: list[str]) -> None:
