@@ -105,22 +105,11 @@ def train(arguments: list[str]) -> None:
         sys.exit(rehearsal.rehearse_run(config))
 
     from megalite import pretrain
+    from megalite.tune import hindsight
 
     pretrain.pretrain(config, command=shlex.join(["train", *arguments]))
-    _look_back(config)
-
-
-def _look_back(config: Config) -> None:
-    """On GPUs: what was predicted beside what was measured."""
-    import torch
-
-    from megalite import launch
-
-    if torch.cuda.is_available() and launch.is_rank_zero():
-        from megalite.tune import hindsight
-
-        for line in hindsight.look_back(config, device=torch.cuda.get_device_name(), gpus=torch.cuda.device_count()):
-            _say(line)
+    for line in hindsight.look_back(config):
+        _say(line)
 
 
 def verify(arguments: list[str]) -> None:

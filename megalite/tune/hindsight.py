@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megalite import config as settings
-from megalite import hardware
+from megalite import hardware, launch
 from megalite.config import Config, run_folder
 from megalite.ds_config import read_document
 from megalite.hardware import GIB
@@ -80,8 +81,15 @@ def _line(what: str, truth: float, predicted: float, spread: float, unit: str) -
     return f"{what:12s} {truth:.3f} {unit}, predicted {predicted:.3f}, 80 % between {low:.3f} and {high:.3f}{mark}"
 
 
-def look_back(config: Config, *, device: str, gpus: int) -> list[str]:
-    """Of a run that has ended: its resolved config and its last metrics, from its folder."""
+def look_back(config: Config) -> list[str]:
+    """Of a run of this machine's GPUs that has ended; nothing without a GPU, and on ranks that do not speak for the run."""
+    if not torch.cuda.is_available() or not launch.is_rank_zero():
+        return []
+    return read_back(config, device=torch.cuda.get_device_name(), gpus=torch.cuda.device_count())
+
+
+def read_back(config: Config, *, device: str, gpus: int) -> list[str]:
+    """From the run's folder: its resolved config and its last metrics."""
     folder = run_folder(config)
     resolved = settings.load(str(folder / "config.yaml"))
     measured = _last(folder / "metrics.jsonl")

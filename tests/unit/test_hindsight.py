@@ -59,5 +59,5 @@ def test_a_run_that_ended_is_read_from_its_folder(tmp_path: Path, steps: int) ->
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     lines = [{"step": step, "seconds": 10.0, "memory_bytes": 1e9} for step in range(1, steps + 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 3, "valid_loss": 1.0}]))
-    said = hindsight.look_back(config, device=H100, gpus=8)
+    said = hindsight.read_back(config, device=H100, gpus=8)
     assert bool(said) == (steps > 1)
