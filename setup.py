@@ -16,7 +16,7 @@ setup(
     packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite_kernels", "megalite_ds_configs", "megalite_slurm"],
     package_dir={"megalite_kernels": "kernels", "megalite_ds_configs": "ds_configs", "megalite_slurm": "slurm"},
     package_data={
-        "megalite": ["recipes/*.yaml"],
+        "megalite": ["recipes/*.yaml", "tune/*.yaml"],
         "megalite_kernels": ["tables.json"],
         "megalite_ds_configs": ["*.json"],
         "megalite_slurm": ["*.sbatch", "profiles/*.yaml"],

@@ -30,11 +30,17 @@ Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor pa
       Text into shards: files of token ids that training maps into memory.
 
   megalite train RECIPE|FILE.yaml [--mesh.tp 4] [--train.steps 50] ...
-      Pretrain. The same command again resumes.
+      Pretrain. The same command again resumes. --dry-run: say what a rank would hold and send, and train nothing.
       Recipes: {", ".join(settings.recipes())}.
 
   megalite verify RECIPE|FILE.yaml [--mesh.tp 2] [--deepspeed ds_configs/zero3.json] ...
       Run a shrunk model in this layout on CPU ranks, beside one process: are the numbers the same?
+
+  megalite tune RECIPE|FILE.yaml --cluster 8x8xH100 [--write ds_configs/tuned.json] [--explain 1] [--dry-run] ...
+      Which layout fits and is fastest there? Predicted, without a GPU.
+
+  megalite bench RECIPE|FILE.yaml [--steps 30] | --sweep FILE.yaml | compare A.json B.json | network
+      Tokens a second, FLOP/s, memory, and where the time goes; measured.
 
   megalite import NAME|FOLDER --output RUN_FOLDER
       A Hugging Face GPT-2, Llama, Mistral or BERT as step 0 of a run.
@@ -60,8 +66,19 @@ SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verbs = {"prepare": prepare, "train": train, "verify": verify, "import": import_, "export": export, "checkpoint": checkpoint}
-    verbs |= {"submit": submit, "jobs": jobs, "cluster": cluster}
+    verbs = {
+        "prepare": prepare,
+        "train": train,
+        "verify": verify,
+        "tune": tune,
+        "bench": bench,
+        "import": import_,
+        "export": export,
+        "checkpoint": checkpoint,
+        "submit": submit,
+        "jobs": jobs,
+        "cluster": cluster,
+    }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             _say(HELP)
@@ -90,11 +107,19 @@ def prepare(arguments: list[str]) -> None:
 
 def train(arguments: list[str]) -> None:
     """megalite train RECIPE|FILE.yaml [--section.field VALUE ...]"""
-    config = _read_run("train", arguments)
+    dry = "--dry-run" in arguments
+    config = _read_run("train", [word for word in arguments if word != "--dry-run"])
+    if dry:
+        from megalite.tune import rehearsal
+
+        sys.exit(rehearsal.rehearse_run(config))
 
     from megalite import pretrain
+    from megalite.tune import hindsight
 
     pretrain.pretrain(config, command=shlex.join(["train", *arguments]))
+    for line in hindsight.look_back(config):
+        _say(line)
 
 
 def verify(arguments: list[str]) -> None:
@@ -104,6 +129,37 @@ def verify(arguments: list[str]) -> None:
     from megalite.tune import verify as verifying
 
     sys.exit(verifying.verify(config))
+
+
+def tune(arguments: list[str]) -> None:
+    """megalite tune RECIPE|FILE.yaml --cluster NODESxGPUSxKIND [--section.field VALUE ...]"""
+    from megalite.tune import tuning
+
+    of_run, own = _part(arguments)
+    request = _read_request("tune RECIPE|FILE.yaml --cluster NODESxGPUSxKIND", own, tuning.Tuning, positional="run")
+    sys.exit(tuning.tune(request, read_flags(of_run, Config)))
+
+
+def bench(arguments: list[str]) -> None:
+    """megalite bench RECIPE|FILE.yaml [--steps N] [--section.field VALUE ...]"""
+    from megalite.tune import benching
+
+    of_run, own = _part(arguments)
+    request = _read_request("bench RECIPE|FILE.yaml", own, benching.Benching, positional="what")
+    sys.exit(benching.bench(request, read_flags(of_run, Config)))
+
+
+def _part(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Flags of a run, which have a section (--mesh.tp 4), and the rest."""
+    of_run: list[str] = []
+    own: list[str] = []
+    into = own
+    for word in arguments:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            into = of_run if "." in name or name == "--deepspeed" else own
+        into.append(word)
+    return of_run, own
 
 
 def import_(arguments: list[str]) -> None:

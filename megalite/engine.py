@@ -171,7 +171,7 @@ class Engine:
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
-            fused=self.mesh.device.type == "cuda",
+            fused=self.mesh.device.type != "cpu",
         )
 
     def step(self, step: int, microbatches: list[Batch]) -> Report:

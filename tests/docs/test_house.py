@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "megalite").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 LONGER = {"megalite/config.py": 348, "megalite/data/prepare.py": 302, "megalite/data/tokenizer.py": 307}  # may shrink, never grow
 DOORS = {
-    "deepspeed": {"megalite/parallel/zero.py", "megalite/parallel/mends.py"},
+    "deepspeed": {"megalite/parallel/zero.py", "megalite/parallel/mends.py", "megalite/parallel/pretend.py"},
     "torch.distributed.pipelining": {"megalite/parallel/pipeline.py"},
     "transformers": {"megalite/data/tokenizer.py", "megalite/convert/importing.py", "megalite/convert/exporting.py"},
     "huggingface_hub": {"megalite/convert/files.py"},
