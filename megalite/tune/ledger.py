@@ -13,9 +13,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -148,4 +148,4 @@ def _size(value: Any) -> int:
 
 
 def is_fake(value: Any) -> bool:
-    return isinstance(value, torch._subclasses.fake_tensor.FakeTensor)
+    return isinstance(value, FakeTensor)

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from megalite import cli, config, crew, pretrain
-from megalite.cli import read_flags
+from megalite import cli, config, crew, flags, pretrain
 from megalite.config import Config
 from megalite.data import prepare as preparing
 from megalite.data.prepare import Preparation
 from megalite.errors import UserError
+from megalite.flags import read_flags
 
 
 def _read(line: str) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def test_what_is_no_flag_is_refused_with_the_nearest_one(line: str, words: str) 
 def test_every_setting_can_be_set_by_its_flag() -> None:
     """The default written as a flag gives the default."""
     words: list[str] = []
-    for name, _ in cli._fields(Config):
+    for name, _ in flags._fields(Config):
         value: Any = Config()
         for part in name.split("."):
             value = getattr(value, part)
@@ -190,7 +190,7 @@ def test_help_names_every_flag_and_explains_it(capsys: pytest.CaptureFixture[str
     code, out, err = _exit(capsys, *words)
     assert (code, err) == (0, "")
     said = out.split()
-    for name, _ in cli._fields(schema):
+    for name, _ in flags._fields(schema):
         assert any(word.rstrip(",") == f"--{name.replace('_', '-')}" for word in said), name
     explained = "".join(_flat(out).split())
     for model in (schema, *(field.annotation for field in schema.model_fields.values() if hasattr(field.annotation, "model_fields"))):

@@ -17,6 +17,7 @@ from megalite.cluster.settings import profiles, read_site, scripts, seconds
 from megalite.cluster.submit import check_mesh, check_time
 from megalite.config import load
 from megalite.errors import UserError
+from megalite.flags import read_flags
 
 
 def _profile(folder: Path, **settings: Any) -> str:
@@ -156,7 +157,7 @@ def test_shards_that_are_not_there_are_refused(capsys: pytest.CaptureFixture[str
 
 def test_the_flags_of_a_run_come_back_as_the_words_of_its_command_line() -> None:
     words = ["--mesh.tp", "4", "--data.train", "a=0.5", "b", "--log.tensorboard", "false", "--run.folder", "x y"]
-    assert order.flatten(cli.read_flags(words, load("gpt-tiny").__class__)) == words
+    assert order.flatten(read_flags(words, load("gpt-tiny").__class__)) == words
 
 
 # ---- sweeps and chains -----------------------------------------------------------------------------------------------------------------
@@ -172,9 +173,7 @@ def _sweep(beside: Path, **document: Any) -> str:
 def test_rows_and_a_grid_multiply_and_a_row_that_does_not_fit_is_left_out_with_the_reason(tmp_path: Path) -> None:
     path = _sweep(tmp_path, rows=[{"mesh.tp": 2}, {"mesh.tp": 3}], grid={"optimizer.lr": [1e-4, 2e-4]}, folder=str(tmp_path / "out"))
     wanted, site = sweep.read(path), read_site({})
-    rows = sweep.plan(
-        wanted, site, nodes=1, read_run=lambda words: load(words[0], overrides=cli.read_flags(words[1:], type(load("gpt-7b"))))
-    )
+    rows = sweep.plan(wanted, site, nodes=1, read_run=lambda words: load(words[0], overrides=read_flags(words[1:], type(load("gpt-7b")))))
     assert [row["flags"] for row in rows][:2] == [{"mesh.tp": 2, "optimizer.lr": 1e-4}, {"mesh.tp": 2, "optimizer.lr": 2e-4}]
     assert [bool(row["refused"]) for row in rows] == [False, False, True, True]
     assert "but 8 ranks were started" in rows[2]["refused"]
