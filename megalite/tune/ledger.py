@@ -12,7 +12,6 @@ import weakref
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
