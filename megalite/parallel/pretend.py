@@ -57,7 +57,7 @@ def _make_gpu() -> None:
             super().__init__()
             self._name, self._communication_backend_name = GPU, BACKEND
 
-        def device_name(self, device_index: int | None = None) -> str:  # type: ignore[override]  theirs returns a literal
+        def device_name(self, device_index: int | None = None) -> str:  # type: ignore[override]
             return GPU if device_index is None else f"{GPU}:{device_index}"
 
         def current_device_name(self) -> str:  # type: ignore[override]
@@ -69,7 +69,7 @@ def _make_gpu() -> None:
         def device(self, device_index: int | None = None) -> Any:
             return contextlib.nullcontext()
 
-        def pin_memory(self, tensor: Any, make_copy: bool = True, match_shape: bool = True) -> Any:
+        def pin_memory(self, tensor: Any, align_bytes: int = 1) -> Any:  # type: ignore[override]
             return tensor
 
         def is_pinned(self, tensor: Any) -> bool:

@@ -93,7 +93,7 @@ def walk(config: Config, document: dict[str, Any], *, mesh: Any, owners: bool) -
                     found.peak[device] = size
                     found.owners[device] = ledger.owned_at_peak.get(device, Counter()).most_common()
         found.steady, found.flops = Counter(ledger.alive), ledger.flops
-        found.sent = list(ledger.sent)
+        found.sent = [(sent.kind, sent.ranks, sent.size) for sent in ledger.sent]
     return found
 
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -24,7 +22,6 @@ from megalite.parallel.collectives import named
 
 BLOCK = 512
 PLACES = ("megalite", "deepspeed")  # packages whose lines own what is allocated below them
-HOUSE = Path(__file__).parents[1]
 
 
 class Sent(NamedTuple):
@@ -103,12 +100,10 @@ class Ledger(TorchDispatchMode):
             return ""
         frame = sys._getframe(2)
         while frame is not None:
-            path = Path(frame.f_code.co_filename)
             name = frame.f_globals.get("__name__", "")
             if name.split(".")[0] in PLACES and not name.startswith("megalite.tune"):
                 return f"{name.removeprefix('megalite.')}:{frame.f_lineno} {frame.f_code.co_name}"
             frame = frame.f_back  # type: ignore[assignment]
-            del path
         return "autograd"
 
     def _book_flops(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> None:
@@ -145,7 +140,3 @@ def _size(value: Any) -> int:
         return dist.ProcessGroup.unbox(value).size()
     except (RuntimeError, ValueError):
         return 0
-
-
-def is_fake(value: Any) -> bool:
-    return isinstance(value, FakeTensor)

@@ -118,9 +118,8 @@ class _Wide:
         vocabulary = split.head * (tokens * ceil(shape.vocab, t))[:, None]
         ours = runtime.name == "megalite"
         head = np.minimum(flying, layouts.microbatches[:, None]) * (split.head * self.hidden + 4.0 * vocabulary * ours)
-        self.activations = (
-            flying * (sizes * kept[:, None] + self.hidden) + head
-        )  # a stage keeps what it puts out; the head, its norm's result
+        # a stage keeps what it puts out, too; the head, its norm's result
+        self.activations = flying * (sizes * kept[:, None] + self.hidden) + head
         self.again = np.where(layouts.recompute[:, None] > 0, (whole - kept)[:, None], 0.0) * (split.blocks > 0)
         self.logits = vocabulary
         self.passing = runtime.memory.passing * (tokens * np.asarray(shape.width) * runtime.width)[:, None]
@@ -135,9 +134,12 @@ class _Wide:
         three = self.stage == 3
         weights = np.where(three, np.where(self.offload == 2, 0.0, w * self.own), w * self.parameters)
         states = np.where(self.offload >= 1, 0.0, r.state_bytes * self.own)
-        resident = (
-            np.where(three & (self.offload == 0), 4.0 * self.own, 0.0) if r.name == "megalite" else r.memory.gradient * 4.0 * self._summed()
-        )
+        if r.name == "megalite":
+            # the largest gradient, from where it leaves for the host
+            landing = w * np.maximum((self.split.embed + self.split.head > 0) * self.vocabulary_weight, self.summed / 4.0)
+            resident = np.where(three, 4.0 * self.own * (self.offload == 0), landing * (self.offload >= 1))
+        else:
+            resident = r.memory.gradient * 4.0 * self._summed()
         context = np.full_like(self.own, r.memory.context)
         batch = np.broadcast_to((self.layouts.microbatches * self.layouts.micro * self.shape.sequence)[:, None] * 36.0, self.own.shape)
         return {"weights": weights, "optimizer": states, "gradients": resident, "runtime": context, "batch": batch * (r.name == "megalite")}
@@ -167,7 +169,7 @@ class _Wide:
         """Gradients' sums in fp32 that ZeRO-0 to 2 make anew in every step."""
         if self.runtime.name != "megalite":
             return np.zeros_like(self.own)
-        return np.where((self.stage < 3) & (self.offload == 0), 4.0 * self.own, 0.0)
+        return np.where(self.stage < 3, 4.0 * self.own, 0.0)
 
     def start_up(self) -> dict[str, Array]:
         """The engine is built, layer by layer: no more than what stays, but without a batch."""
