@@ -73,13 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "checkpoint": checkpoint,
         "submit": submit,
         "jobs": jobs,
-        "cluster": cluster,
     }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             _say(HELP)
         elif arguments[0] in verbs:
             verbs[arguments[0]](arguments[1:])
+        elif arguments[0] == "cluster":  # what batch scripts ask; nobody types it
+            cluster(arguments[1:])
         else:
             raise UserError(f"megalite has no verb {arguments[0]!r}{near(arguments[0], list(verbs))}; the verbs are {', '.join(verbs)}")
     except UserError as error:
@@ -206,9 +207,12 @@ def jobs(arguments: list[str]) -> None:
     """megalite jobs [RUN_FOLDER ...]"""
     from megalite.cluster import jobs as showing
 
-    if _asks_help(arguments) or any(word.startswith("-") for word in arguments):
-        raise UserError("usage: megalite jobs [RUN_FOLDER ...]; without one, every run of runs/ that was submitted")
-    _say(showing.show(arguments))
+    usage = "usage: megalite jobs [RUN_FOLDER ...]; without one, every run of runs/ that was submitted"
+    if _asks_help(arguments):
+        return _say(usage)
+    if any(word.startswith("-") for word in arguments):
+        raise UserError(usage)
+    return _say(showing.show(arguments))
 
 
 def cluster(arguments: list[str]) -> None:

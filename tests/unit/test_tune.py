@@ -166,7 +166,8 @@ def test_more_of_everything_needs_more_memory() -> None:
     assert held(dp=4, pp=2, schedule=1) > held(dp=4, pp=2)
 
 
-def test_fitting_finds_constants_that_made_a_table() -> None:
+def test_fitting_finds_constants_that_predict_a_table_made_by_others() -> None:
+    """Not the same constants: in this table a slower product and a longer launch look alike."""
     plain = runtime.find("megatron-deepspeed")
     machines = cluster.find("64x8xa100-800g")
     runs = read_runs(TABLE, plain)
@@ -174,7 +175,6 @@ def test_fitting_finds_constants_that_made_a_table() -> None:
     made = dataclasses.replace(runs, seconds=predict_time(runs, machines, truth))
     found = fitting.fit_time(made, machines, plain, freedom=3.0)
     assert np.abs(predict_time(made, machines, found) / made.seconds - 1).max() < 0.02
-    assert found.constants.matmul == pytest.approx(0.6, rel=0.1)
 
 
 def test_runs_that_were_not_fitted_are_predicted_within_a_tenth() -> None:
@@ -217,7 +217,9 @@ def test_every_kind_of_the_table_is_a_cluster(kind: str) -> None:
     assert found.peak("fp16") > 0
 
 
-@pytest.mark.parametrize(("layers", "reason"), [("40", "of 256 GiB of host memory"), ("900", "of 23.5 GiB, of which")])
+@pytest.mark.parametrize(
+    ("layers", "reason"), [("40", "of 256 GiB of host memory"), pytest.param("900", "of 23.5 GiB, of which", marks=pytest.mark.slow)]
+)
 def test_a_model_that_fits_nowhere_is_told_the_smallest_layout(layers: str, reason: str) -> None:
     overrides = {"model": {"layers": layers, "width": "8192", "heads": "64"}, "train": {"global_batch": "8"}}
     with pytest.raises(UserError, match=rf"none of .* layouts fits 1x1xrtx4090: the smallest is .* {reason}"):
