@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain pretrain-bert lint test test-all parity verify fuzz gpu bench-prepare bench-step bench-checkpoint clean
+.PHONY: help install pretrain pretrain-bert lint test test-all parity verify fuzz slurm gpu bench-prepare bench-step bench-checkpoint clean
 
 help:  ## what there is to do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -57,6 +57,9 @@ bench-checkpoint: .venv/.developer  ## saving and loading, beside DeepSpeed
 
 fuzz: .venv/.developer  ## 200 layouts drawn at random against one process
 	$(BIN)/python tests/parity/test_fuzz.py --first 0 --draws 200
+
+slurm: .venv/.developer  ## everything on a SLURM cluster of five nodes on this machine (root; slurmctld slurmd slurm-client munge iproute2)
+	$(BIN)/python -m pytest tests/slurm
 
 gpu: .venv/.developer  ## what needs a GPU
 	$(BIN)/python -m pytest -m gpu tests/gpu

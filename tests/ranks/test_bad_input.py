@@ -30,7 +30,9 @@ def _refusal(folder: Path, *arguments: str) -> str:
     assert process.returncode == 2, said
     assert said.startswith("megalite: ") and said.count("\n") == 1, said
     left = {path.name for path in folder.glob("runs/*/*")}
-    assert left <= {".lock", "config.yaml", "logs", "metrics.jsonl"}, "a refused run left something that a later one could take for whole"
+    assert left <= {".lock", "config.yaml", "control", "logs", "metrics.jsonl"}, (
+        "a refused run left something that a later one could take for whole"
+    )
     return said
 
 

@@ -24,6 +24,7 @@ sys.exit(health.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_an_array_of_four_rows_gives_a_table_in_which_one_has_failed(cluster: Cluster) -> None:
     rows = [{"optimizer.lr": 1e-3}, {"optimizer.lr": 1e-2}, {"checkpoint.resume": "no/such/checkpoint"}, {"mesh.dp": 3}]
     (cluster.folder / "rates.yaml").write_text(
@@ -42,6 +43,7 @@ def test_an_array_of_four_rows_gives_a_table_in_which_one_has_failed(cluster: Cl
     assert (cluster.folder / "runs/rates/results.txt").read_text().splitlines() == table
 
 
+@pytest.mark.slow
 def test_a_chain_prepares_trains_on_what_was_prepared_and_exports_it(cluster: Cluster) -> None:
     text = cluster.folder / "text.txt"
     text.write_text("\n\n".join(f"The {number}th document tells of numbers like {number * 7}." for number in range(2000)))
@@ -67,6 +69,7 @@ def test_a_chain_prepares_trains_on_what_was_prepared_and_exports_it(cluster: Cl
     assert json.loads((cluster.folder / "runs/linked/metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
 
 
+@pytest.mark.slow
 def test_files_save_raise_the_log_level_and_stop_a_run_that_passed_the_check_of_its_nodes(cluster: Cluster) -> None:
     job = cluster.submit(
         "small.yaml", "--nodes", "2", "--name", "steered", "--checkpoint.every", "0", "--train.steps", "500", seconds=0.5, health=True
@@ -92,6 +95,7 @@ def test_files_save_raise_the_log_level_and_stop_a_run_that_passed_the_check_of_
     assert re.search(rf"runs/steered +{job} +stopped", cluster.megalite("jobs", "runs/steered"))
 
 
+@pytest.mark.slow
 def test_a_node_that_fails_its_check_is_named_excluded_and_the_job_goes_on_without_it(cluster: Cluster) -> None:
     """A node with another megalite: its check of the code differs. The batch script's own node is right by definition."""
     profile = yaml.safe_load(Path(cluster.profile(health=True, exclude="node[4-5]")).read_text())
@@ -144,6 +148,7 @@ def test_every_script_passes_sbatch_and_shellcheck(cluster: Cluster, path: Path)
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_the_script_runs_by_hand_as_it_is_and_print_shows_what_is_submitted(cluster: Cluster, tmp_path: Path) -> None:
     profile = cluster.profile(ranks_per_node=1)
     shown = cluster.megalite("submit", "small.yaml", "--nodes", "2", "--name", "shown", "--slurm.profile", profile, "--print")
