@@ -18,7 +18,7 @@ HALVES = ({"test_masks.py": 180}, {"test_features.py": 70, "test_operators.py": 
 
 
 def test_the_kernels_are_right_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-vv"]  # a line a case; pyproject's -q takes one v away
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     runs = [
         subprocess.Popen(
