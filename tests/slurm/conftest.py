@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,15 +18,18 @@ from runs import finish, make_shard, run_file, train
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Its state lies in one place, for a machine has room for one cluster: so that of a test run that was killed is found, and stopped."""
     if WHY_NOT:
         pytest.skip(WHY_NOT)
-    folder = tmp_path_factory.mktemp("login")
-    cluster = Cluster(tmp_path_factory.mktemp("slurm") / "state", folder)
-    run_file(folder, make_shard(folder), mesh={})
-    try:
-        yield cluster
-    finally:
-        cluster.do("stop")
+    folder, state = tmp_path_factory.mktemp("login"), Path(tempfile.gettempdir(), "megalite-slurm")
+    with state.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until another test run is done with its own
+        cluster = Cluster(state, folder)
+        run_file(folder, make_shard(folder), mesh={})
+        try:
+            yield cluster
+        finally:
+            cluster.do("stop")
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,7 @@ class Cluster:
             "SLURM_CONF": str(state / "slurm.conf"),
             "LOCAL_SLURM_KILLWAIT": "5",
         }
+        self.do("stop")  # what a run that was killed left
         self.do("start", str(nodes), "4")
 
     def do(self, *words: str) -> None:
