@@ -11,12 +11,14 @@ What DeepSpeed 0.19.8 and torch 2.13 need for that is here, each with its reason
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import Work
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -145,6 +147,21 @@ def agree_with_nobody() -> None:
     for module in (zero_partition, zero_coordinator, zero_stage3):
         module.assert_ints_same_as_other_ranks = lambda *_, **__: None  # type: ignore[attr-defined]
     mends.scope_trace_checks = lambda group: None
+
+
+def let_go_when_waited_for() -> None:
+    """Real transfers: gloo's thread wakes who waits and drops the tensors only then (torch 2.13): two runs had peaks a gathered weight apart.
+
+    A moment after each wait it has dropped them. For comparisons; a run that trains needs no such thing.
+    """
+    wait = Work.wait
+
+    def and_a_moment(self: Any, *args: Any) -> bool:
+        done = wait(self, *args)
+        time.sleep(0.01)
+        return done
+
+    Work.wait = and_a_moment  # type: ignore[method-assign]
 
 
 class _Kept:

@@ -46,10 +46,7 @@ def _compare(mesh: dict[str, int], stage: int, *, offload: bool, **train: Any) -
         assert pretended.sent == there[rank].sent
         assert pretended.flops == there[rank].flops > 0
         assert pretended.start_up == there[rank].start_up
-        if stage < 3:
-            assert pretended.peak == there[rank].peak
-        else:  # a real gather ends when its thread has ended it: how much lies there at once is not the same in every run
-            assert pretended.peak["cpu"] == pytest.approx(there[rank].peak["cpu"], rel=0.03)
+        assert pretended.peak == there[rank].peak
 
 
 QUICK = [("dp 2 x pp 2", 2, False), ("dp 2 x tp 2", 1, False), ("dp 2", 3, True), ("pp 2 x tp 2", 0, False)]
