@@ -150,7 +150,7 @@ def agree_with_nobody() -> None:
 
 
 def let_go_when_waited_for() -> None:
-    """Real transfers: gloo's thread wakes who waits and drops the tensors only then (torch 2.13): two runs had peaks a gathered weight apart.
+    """Real transfers: gloo's thread wakes who waits and drops the tensors only then (torch 2.13): peaks of two runs were a weight apart.
 
     A moment after each wait it has dropped them. For comparisons; a run that trains needs no such thing.
     """
