@@ -28,7 +28,11 @@ BACKEND = "fakeranks"
 
 
 def join(rank: int, world: int, *, gpu: bool) -> torch.device:
-    """Be that rank of that world; returns its device. Call before DeepSpeed is imported."""
+    """Be that rank of that world; returns its device. Call before DeepSpeed is imported.
+
+    With `gpu`, neither this process nor the one it was forked from may have run a backward pass: torch's autograd engine counts the devices
+    at its first one, and fails with an INTERNAL ASSERT about device_ready_queues_ on a device that came later.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
     if not gpu:
