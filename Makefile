@@ -4,22 +4,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain pretrain-bert lint test test-all parity verify fuzz gpu bench-prepare bench-step bench-checkpoint clean
+.PHONY: help install pretrain pretrain-bert lint test test-all parity verify fuzz slurm gpu bench-prepare bench-step bench-checkpoint clean
 
 help:  ## what there is to do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: .venv/.installed  ## .venv with megalite in it
 
-# torch first and pinned: left to the other packages' ranges, pip may fetch another build of it
+# torch first and pinned: left to the other packages' ranges, pip may fetch another build of it.
+# --no-compile: bytecode of what is used is made on first import; making all of it takes a third of the installation.
 .venv/.installed: setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e .
 	touch $@
 
 .venv/.developer: .venv/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]'
 	touch $@
 
 pretrain: install  ## corpus -> tokenizer -> shards -> a GPT trained on 8 ranks -> a sample
@@ -56,6 +57,9 @@ bench-checkpoint: .venv/.developer  ## saving and loading, beside DeepSpeed
 
 fuzz: .venv/.developer  ## 200 layouts drawn at random against one process
 	$(BIN)/python tests/parity/test_fuzz.py --first 0 --draws 200
+
+slurm: .venv/.developer  ## everything on a SLURM cluster of five nodes on this machine (root; slurmctld slurmd slurm-client munge iproute2)
+	$(BIN)/python -m pytest tests/slurm
 
 gpu: .venv/.developer  ## what needs a GPU
 	$(BIN)/python -m pytest -m gpu tests/gpu

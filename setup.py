@@ -1,7 +1,8 @@
 """What megalite needs and what it installs; tool settings live in pyproject.toml.
 
 The folder kernels/ is installed as `megalite_kernels`: the name `kernels` belongs to a Hugging Face package that transformers imports. The
-files of ds_configs/ go along as `megalite_ds_configs`, so that `--deepspeed zero3` works from a wheel too.
+files of ds_configs/ go along as `megalite_ds_configs`, so that `--deepspeed zero3` works from a wheel too, and those of slurm/ as
+`megalite_slurm` for `megalite submit`.
 """
 
 from setuptools import find_packages, setup
@@ -12,9 +13,14 @@ setup(
     description="Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor parallelism",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite_kernels", "megalite_ds_configs"],
-    package_dir={"megalite_kernels": "kernels", "megalite_ds_configs": "ds_configs"},
-    package_data={"megalite": ["recipes/*.yaml"], "megalite_kernels": ["tables.json"], "megalite_ds_configs": ["*.json"]},
+    packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite_kernels", "megalite_ds_configs", "megalite_slurm"],
+    package_dir={"megalite_kernels": "kernels", "megalite_ds_configs": "ds_configs", "megalite_slurm": "slurm"},
+    package_data={
+        "megalite": ["recipes/*.yaml", "tune/*.yaml"],
+        "megalite_kernels": ["tables.json"],
+        "megalite_ds_configs": ["*.json"],
+        "megalite_slurm": ["*.sbatch", "profiles/*.yaml"],
+    },
     install_requires=[
         "torch>=2.13",
         "deepspeed==0.19.8",

@@ -1,4 +1,4 @@
-"""`python -m megalite_kernels.bench [--output FILE.json]`: our attention beside every peer PyTorch has, on the GPU at hand, as one table.
+"""`python -m megalite_kernels.bench [--output FILE.json]`: our kernels beside every peer PyTorch has, on the GPU at hand, as one table.
 
 Peers: SDPA by cuDNN, flash and efficient, compiled FlexAttention, and torch's varlen_attn for packed documents. Same process, in turn,
 random normal inputs, medians, 16k tokens. TFLOP/s count what is seen, a backward pass 2.5 forward passes. P is the best peer.
@@ -11,7 +11,8 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from .attention import attention, why_not_triton
 from .clock import measure
+from .cross_entropy import linear_cross_entropy
 from .spans import packed_spans
 
 TOKENS = 16384
@@ -29,11 +31,12 @@ HEADS = {64: 32, 128: 16}
 
 @dataclass(frozen=True)
 class Row:
-    """One line: seconds of each way, and what it computes."""
+    """One line: seconds of each way, what it computes, and where it counts, the bytes it needs beside inputs and gradients."""
 
     what: str
     flops: float
     seconds: dict[str, float]
+    memory: dict[str, int] = field(default_factory=dict)
 
     def rates(self) -> dict[str, float]:
         return {name: self.flops / seconds / 1e12 for name, seconds in self.seconds.items()}
@@ -84,6 +87,36 @@ def packed(width: int, tokens: int, *, device: torch.device) -> Row:
     return Row(
         f"packed {width} {tokens} fwd+bwd", flops, measure(_passes(ways, (q, k, v), forward=True), device=device, required=("ours",))
     )
+
+
+def loss(tokens: int, vocabulary: int, width: int, *, device: torch.device) -> Row:
+    """Linear map and cross-entropy, forward and backward: in pieces, in eager PyTorch, and compiled. FLOPs are those of three products."""
+    x, weight = (torch.randn(n, width, device=device, dtype=torch.bfloat16) / width**0.5 for n in (tokens, vocabulary))
+    inputs = tuple(t.requires_grad_() for t in (x, weight))
+    labels = torch.randint(0, vocabulary, (tokens,), device=device)
+
+    def plain() -> Tensor:
+        return F.cross_entropy(F.linear(x, weight).float(), labels)
+
+    made = {"ours": lambda: linear_cross_entropy(x, weight, labels, pieces=32).mean(), "eager": plain, "compiled": torch.compile(plain)}
+    ways = {name: partial(_differentiate, way, inputs) for name, way in made.items()}
+    memory = {name: _needed(way, device) - x.nbytes - weight.nbytes for name, way in ways.items()} if device.type == "cuda" else {}
+    seconds = measure(ways, device=device, required=("ours",))
+    return Row(f"cross-entropy {vocabulary} words, {tokens} tokens, width {width} fwd+bwd", 6.0 * x.numel() * vocabulary, seconds, memory)
+
+
+def _differentiate(way: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> object:
+    return torch.autograd.grad(way(), inputs)
+
+
+def _needed(way: Callable[[], object], device: torch.device) -> int:
+    """The most bytes allocated at a time, after a call that compiles."""
+    way()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    way()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _determinism(on: bool) -> Any:
@@ -152,9 +185,13 @@ def table(rows: list[Row]) -> str:
     lines = ["| TFLOP/s | " + " | ".join(names) + " | ours / P |", "|---" * (len(names) + 2) + "|"]
     for row in rows:
         rates, ratio = row.rates(), row.ratio()
-        cells = [f"{rates[name]:.0f}" if name in rates else "-" for name in names]
+        cells = [f"{rates[name]:.0f}{_gigabytes(row, name)}" if name in rates else "-" for name in names]
         lines.append(f"| {row.what} | " + " | ".join(cells) + f" | {'-' if ratio is None else f'{ratio:.2f}'} |")
     return "\n".join(lines)
+
+
+def _gigabytes(row: Row, name: str) -> str:
+    return f" ({row.memory[name] / 1e9:.2f} GB)" if name in row.memory else ""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -174,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(table(rows[-1:]).splitlines()[-1])
     rows.append(dense(128, 8192, causal=True, device=device, backward=True, deterministic=True))
     rows += [packed(128, tokens, device=device) for tokens in (16384, 65536)]
+    rows += [loss(8192, 131072, width, device=device) for width in (2048, 4096)]
     where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
     say(f"{where}\n\n{table(rows)}")
     if chosen.output:

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import backward, forward
+from . import backward, forward, rows
 from .tables import Tile, block_of
 
 Entry = tuple[str, int, str, Tile]  # kernel, block, kind, tile
@@ -84,7 +84,10 @@ def inspect(kernel: str, arch: str, *, width: int, spans: bool, tile: Tile, dtyp
     aligned = [n for n, t in signature.items() if t.startswith("*") or n.endswith(("_batch", "_row", "_head")) or n.startswith("number_")]
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return _compile(source, arch, {"num_warps": tile.warps, "num_stages": tile.stages})
+
+
+def _compile(source: ASTSource, arch: str, options: dict[str, Any]) -> Report:
     if arch.startswith("sm"):
         options["enable_fp_fusion"] = True
         target = GPUTarget("cuda", int(arch[2:]), 32)
@@ -104,6 +107,16 @@ def inspect_entry(arch: str, entry: Entry) -> list[str]:
     except Exception as error:  # the compiler's errors have no class of their own
         return [f"does not compile: {str(error).strip()[-200:]}"]
     return report.faults(products=kernel != "prepare")
+
+
+def inspect_rows(kernel: str, arch: str, *, dtype: str = "bf16") -> Report:
+    """The same for "measure" and "differentiate" of rows.py, which have no table and multiply nothing."""
+    function = getattr(rows, kernel)
+    known = {"LOGITS": f"*{dtype}", "LABELS": "*i64", "STATS": "*fp32", "DSTATS": "*fp32", "COLUMNS": "constexpr"}
+    signature = {name: known.get(name, "i32") for name in function.arg_names}
+    attributes = {(number,): [["tt.divisibility", 16]] for number, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = ASTSource(fn=function, signature=signature, constexprs={"COLUMNS": rows.COLUMNS}, attrs=attributes)
+    return _compile(source, arch, {"num_warps": rows.WARPS})
 
 
 def survey(entries: Iterable[tuple[str, Entry]]) -> dict[tuple[str, Entry], list[str]]:

@@ -8,6 +8,7 @@ one warning says why.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from itertools import product
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .attention import attention, why_not_triton
+from .cross_entropy import linear_statistics
 from .spans import packed_spans
 
 ALLOWED = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}  # of the 2-norm; a wrong tile is off by a tenth and more
@@ -31,15 +33,38 @@ def _ask(device: str, dtype: torch.dtype, width: int) -> str | None:
     return _disagreement(device, dtype, width)
 
 
+def why_not_rows(x: Tensor) -> str | None:
+    """Why the kernels over rows of logits are not to be used for tensors like x; None where they are."""
+    return why_not_triton(x) or _ask_rows(str(x.device), x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _ask_rows(device: str, dtype: torch.dtype) -> str | None:
+    return _rows_disagreement(device, dtype)
+
+
+@cache
+def _rows_disagreement(device: str, dtype: torch.dtype) -> str | None:
+    return _trusted(
+        lambda: disagreement_of_rows(torch.device(device), dtype), device, f"fused cross-entropy is not used on {device} in {dtype}"
+    )
+
+
 @cache
 def _disagreement(device: str, dtype: torch.dtype, width: int) -> str | None:
+    what = f"fused attention is not used on {device} in {dtype} at head width {width}"
+    return _trusted(lambda: disagreement(torch.device(device), dtype, width), device, what)
+
+
+def _trusted(test: Callable[[], str | None], device: str, what: str) -> str | None:
+    """What the test found, said once in a warning; torch's random state is left as it was."""
     with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []), torch.inference_mode(False), torch.enable_grad():
         try:
-            found = disagreement(torch.device(device), dtype, width)
+            found = test()
         except Exception as error:  # a compiler or driver that fails has no class of its own, and must not end a training run
             found = f"it failed: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
     if found:
-        warnings.warn(f"fused attention is not used on {device} in {dtype} at head width {width}: {found}", stacklevel=3)
+        warnings.warn(f"{what}: {found}", stacklevel=4)
     return found
 
 
@@ -63,4 +88,22 @@ def disagreement(device: torch.device, dtype: torch.dtype, width: int) -> str | 
             if not off <= ALLOWED[dtype]:
                 form = f"{'documents' if masked else 'causal'}, {'deterministic' if deterministic else 'fast'}"
                 return f"{name} is off by {off:.1e} of its norm, {ALLOWED[dtype]:.0e} is allowed ({form})"
+    return None
+
+
+def disagreement_of_rows(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The same of the statistics of logits and their gradients, in two uneven pieces of a vocabulary that fills no block."""
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 32, device=device).to(dtype) for n in (ROWS, 9001))
+    bias, labels = torch.randn(9001, device=device).to(dtype), torch.randint(-100, 9101, (ROWS,), device=device)
+    given, answers = torch.randn(3, ROWS, device=device), []
+    for impl, precision in (("triton", dtype), ("reference", torch.float32)):
+        tensors = [t.detach().to(precision).requires_grad_() for t in (x, weight, bias)]
+        with torch.autocast(device.type, enabled=False):
+            found = linear_statistics(*tensors, labels, pieces=2, impl=impl)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        answers.append([*found.unbind(), *torch.autograd.grad(found, tensors, given)])
+    for name, ours, exact in zip(("lse", "own", "total", "dx", "dweight", "dbias"), *answers, strict=True):
+        off = float((ours.detach().float() - exact.detach()).norm() / exact.detach().norm())
+        if not off <= ALLOWED[dtype]:
+            return f"{name} is off by {off:.1e} of its norm, {ALLOWED[dtype]:.0e} is allowed"
     return None

@@ -28,7 +28,7 @@ from pydantic import (
 from megalite.errors import UserError
 from megalite.runfile import merge, read, recipes, suggest
 from megalite.task import Task
-from megalite.upkeep import Checkpoint, Section, Watch
+from megalite.upkeep import Checkpoint, Log, Section, Watch
 
 __all__ = ["Config", "Model", "Section", "explain", "load", "merge", "parse", "read", "recipes", "run_folder", "suggest"]
 
@@ -73,6 +73,8 @@ class Model(Section):
     """gelu: BERT; gelu_tanh: GPT-2; swiglu: gated (Llama)."""
     bias: bool = True
     """Biases in the linear layers."""
+    qkv_bias: bool | None = None
+    """Biases of query, key and value; left out: as bias. Qwen2 has these alone."""
     tied: bool = True
     """The head shares the token embedding's weight."""
     init_std: PositiveFloat = 0.02
@@ -95,6 +97,10 @@ class Model(Section):
         return self.kv_heads or self.heads
 
     @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
     def mlp_width(self) -> int:
         return self.mlp or 4 * self.width
 
@@ -107,7 +113,8 @@ class Model(Section):
             )
         if self.positions == "rope" and self.head_width % 2:
             raise UserError(f"rotary positions need an even head width, but width / heads = {self.head_width}; choose other heads")
-        if self.family == "bert" and (self.positions, self.norm, self.bias, self.tied) != ("learned", "layer", True, True):
+        bert = (self.positions, self.norm, self.bias, self.has_qkv_bias, self.tied)
+        if self.family == "bert" and bert != ("learned", "layer", True, True, True):
             raise UserError("model.family = bert has learned positions, LayerNorm, biases and a tied head; leave these settings out")
 
 
@@ -143,6 +150,9 @@ class Data(Section):
     """Tokenizer file or name; left out: the one stored beside the shards."""
     sequence: PositiveInt | None = None
     """Length s of a training sample; left out: model.sequence."""
+    document_mask: bool = False
+    """GPT: a token sees its own document alone, counts its position from that document's start, and no document's end predicts the next
+    one's start."""
     whole_word: bool = False
     """BERT: mask whole words instead of single word pieces."""
     mask_fraction: float = Field(default=0.15, gt=0, lt=1)
@@ -176,6 +186,9 @@ class Train(Section):
     is dear, matrix products, attention and what came over a link, and compute norms, activations and rotations again."""
     recompute_layers: PositiveInt | None = None
     """Blocks of every chunk of layers that compute again, the first ones; left out: all."""
+    loss_pieces: PositiveInt = 1
+    """Pieces of the vocabulary in which the head makes logits, each again in the backward pass: one is in memory at a time, and the head's
+    work grows by a third."""
     sequence_parallel: bool = False
     """Tensor-parallel ranks split the sequence between the cut matrix products too: norms, dropout and what they keep."""
     clip: NonNegativeFloat = 1.0
@@ -211,13 +224,6 @@ class Optimizer(Section):
     """wsd: share of the steps that decays."""
 
 
-class Log(Section):
-    every: PositiveInt = 10
-    """Steps between two lines of metrics."""
-    tensorboard: bool = True
-    """Also write TensorBoard event files."""
-
-
 class Validation(Section):
     every: NonNegativeInt = 200
     """Steps between two validations; 0: only at the end."""
@@ -244,6 +250,13 @@ class Config(Section):
     watch: Watch = Watch()
     task: Task | None = None
     """What `megalite finetune` trains for."""
+
+    def model_post_init(self, _: Any) -> None:
+        if self.data.document_mask and self.model.family == "bert":
+            raise UserError(
+                "data.document_mask = true is for samples packed from many documents, but a sample of model.family = bert is one padded "
+                "pair; leave data.document_mask out"
+            )
 
     @property
     def num_chunks(self) -> int:

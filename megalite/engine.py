@@ -23,8 +23,9 @@ from megalite import models, optim
 from megalite.config import Config
 from megalite.mesh import Mesh
 from megalite.models import counts as costing
-from megalite.models.attention import positions_in
+from megalite.models.attention import positions_in, with_spans
 from megalite.models.batch import HIDDEN, TOKENS
+from megalite.models.layers import split_vocabulary
 from megalite.parallel import mends, stages, tensor, zero
 from megalite.parallel.context import share as share_sequence
 from megalite.parallel.gradients import LossScale
@@ -135,6 +136,7 @@ class Engine:
                 layer = make()
             models.name_sites(layer, name)
             tensor.cut(layer, name, plan=plan, mesh=mesh, sequence_parallel=self.config.train.sequence_parallel)
+            split_vocabulary(layer, self.config.train.loss_pieces)
             self._draw(layer, known, tied)
             if shard:
                 zero.shard(layer, configuration=configuration, mesh=mesh, dtype=self.dtype)
@@ -177,7 +179,7 @@ class Engine:
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
-            fused=self.mesh.device.type == "cuda",
+            fused=self.mesh.device.type != "cpu",
         )
 
     def step(self, step: int, microbatches: list[Batch]) -> Report:
@@ -240,6 +242,7 @@ class Engine:
             if step is not None and self.dropout:
                 samples = torch.arange(len(places), device=mesh.device) + number * len(places)
                 batch["samples"] = models.sample_keys(samples, seed=self.config.run.seed, step=step)
+            batch = with_spans(batch, model=self.config.model, dtype=self.dtype)
             yield share_sequence(batch, mesh, tokens=TOKENS, hidden=HIDDEN, sequence_parallel=sequence_parallel)
 
     def _mean(self, losses: list[Tensor]) -> dict[str, float]:

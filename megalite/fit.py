@@ -32,6 +32,11 @@ def resolve_mesh(config: Config, world: int) -> Config:
     _check_head(config)
     if config.model.vocab is not None and config.model.vocab < mesh.tp:
         raise UserError(f"model.vocab = {config.model.vocab} is smaller than mesh.tp = {mesh.tp}; lower mesh.tp")
+    if config.model.vocab is not None and config.model.vocab // mesh.tp < config.train.loss_pieces:
+        words = config.model.vocab // mesh.tp
+        raise UserError(
+            f"train.loss_pieces = {config.train.loss_pieces} is more than a rank's {words} words of the vocabulary; lower train.loss_pieces"
+        )
     return config
 
 

@@ -1,7 +1,6 @@
-"""Command-line flags as nested settings: `--mesh.tp 4` is {"mesh": {"tp": "4"}}.
+"""Words of a command line as settings: `--mesh.tp 4` is {"mesh": {"tp": "4"}}.
 
-In: words, and the schema whose fields are the flags.  Out: a mapping; pydantic gives its values their types. A word that is no flag is
-answered with the nearest one.
+In: words, and the pydantic schema whose fields are the flags.  Out: a nested mapping for it; pydantic gives the values their types.
 """
 
 from __future__ import annotations
@@ -14,27 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megalite.config import Config
 from megalite.errors import UserError
-from megalite.task import Task
 
 SWITCH = {"true": True, "false": False, "none": None}  # what may stand behind a switch; none: where a setting may be left out
-SHORT = {  # of `megalite finetune`
-    "--task": "--task.kind", "--from": "--task.start", "--train": "--task.train", "--valid": "--task.valid", "--columns": "--task.columns",
-    "--bad-rows": "--task.bad_rows", "--epochs": "--task.epochs", "--output": "--run.folder",
-}  # fmt: skip
-
-
-class Tuning(Config):
-    """A run that is a fine-tuning: what `megalite finetune` reads."""
-
-    task: Task  # type: ignore
-
-
-def long(word: str) -> str:
-    """A flag under its full name."""
-    name, mark, value = word.partition("=")
-    return SHORT.get(name, name) + mark + value if word.startswith("--") else word
 
 
 def read_flags(arguments: Sequence[str], schema: type[BaseModel], *, positional: str | None = None) -> dict[str, Any]:
@@ -116,18 +97,20 @@ def _put(into: dict[str, Any], path: str, value: Any) -> None:
     into[leaf] = value
 
 
-def part(arguments: list[str], schema: type[BaseModel]) -> tuple[list[str], list[str]]:
-    """Words for the flags of `schema` (and what stands before any), and those for the flags of a run: --mesh.tp 2."""
-    found: tuple[list[str], list[str]] = ([], [])
-    side = 0
+def of_run(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags of a run, which have a section (--mesh.tp 4), and the rest, each with its values."""
+    run: list[str] = []
+    rest: list[str] = []
+    into = rest
     for word in arguments:
         if word.startswith("--"):
-            name = word[2:].partition("=")[0].replace("-", "_")
-            side = 0 if name in (*schema.model_fields, "help") else 1
-        found[side].append(word)
-    return found
+            name = word.partition("=")[0]
+            into = run if "." in name or name == "--deepspeed" else rest
+        into.append(word)
+    return run, rest
 
 
 def near(wrong: str, known: list[str]) -> str:
+    """The end of a message: what may have been meant, if anything is like it."""
     found = difflib.get_close_matches(wrong, known, n=1)
     return f"; did you mean --{found[0]}?" if found and "." in wrong else f"; did you mean {found[0]}?" if found else ""

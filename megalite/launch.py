@@ -8,17 +8,19 @@ This module alone reads the environment; `torch.distributed` is initialised when
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import json
 import os
 import pickle
 import random
-import re
+import socket
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -33,21 +35,13 @@ from megalite.crew import Failure, Link, RankError, run_crew
 from megalite.errors import UserError
 from megalite.fit import resolve_mesh
 from megalite.log import own_log, rank_log
+from megalite.meeting import meet
+from megalite.place import RECORDS, Place, find_interface, find_place
 
 PATIENCE = 600.0  # seconds a rank waits for another before it calls it lost
 REPORTS, CONSOLE = "MEGALITE_REPORTS", "MEGALITE_CONSOLE"  # where `end_rank` speaks: the pipe to the parent, or the console that srun shows
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 Warm = Sequence[str | Callable[[], Any]]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank that somebody else started stands."""
-
-    rank: int
-    world: int
-    local_rank: int
-    address: str
-    port: int
 
 
 @dataclass(frozen=True)
@@ -117,8 +111,9 @@ def meeting_host() -> str:
     return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
-def end_rank(report: str) -> NoReturn:
-    """End this rank with a report, from any thread, whatever its main thread is caught in."""
+def end_rank(report: str, *, culprit: int | None = None) -> NoReturn:
+    """End this rank with a report, from any thread, whatever its main thread is caught in; `culprit` is the rank whose fault it is."""
+    record(f"rank-{os.environ.get('RANK', '0')}", kind="silent", report=report, culprit=culprit)
     if pipe := os.environ.get(REPORTS):
         link = Link(Connection(int(pipe), readable=False), -1)
         link.reports.send_bytes(pickle.dumps(("failed", Failure(time.monotonic(), report))))
@@ -128,10 +123,32 @@ def end_rank(report: str) -> NoReturn:
     os._exit(1)
 
 
+def record(name: str, **facts: Any) -> None:
+    """Note facts for the batch script that started this rank, where one did; a disk that fails then is no second failure."""
+    if not (folder := os.environ.get(RECORDS)):
+        return
+    known = {"rank": int(os.environ.get("RANK", "0")), "node": node_name(), "time": time.time()}
+    with contextlib.suppress(OSError):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        fresh = Path(folder, f"{name}.{os.getpid()}.new")
+        fresh.write_text(json.dumps({**known, **facts}))
+        fresh.replace(Path(folder, f"{name}.json"))
+
+
 def is_rank_zero() -> bool:
     """Whether this process speaks for the run: it stands alone, or was started by torchrun or srun as rank 0."""
     place = find_place(os.environ)
     return place is None or place.rank == 0
+
+
+def node_name() -> str:
+    """What SLURM calls this machine, or else what it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname().partition(".")[0]
+
+
+def is_attended() -> bool:
+    """Whether a batch script started this rank, which starts it again after a failure."""
+    return RECORDS in os.environ
 
 
 # ---- ranks that we start ---------------------------------------------------------------------------------------------------------------
@@ -204,47 +221,36 @@ def _meet_and_work(orders: Orders, rank: int, link: Link) -> Any:
 # ---- ranks that torchrun or srun started -----------------------------------------------------------------------------------------------
 
 
-def find_place(environment: Mapping[str, str]) -> Place | None:
-    """Where this process stands if torchrun or srun started it as one of several ranks; None if it stands alone.
-
-    A batch script that calls no srun is told SLURM_PROCID and SLURM_NTASKS, too; only a step has SLURM_STEP_ID.
-    """
-    get = environment.get
-    if get("RANK") and get("WORLD_SIZE"):
-        rank, world, local = int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(get("LOCAL_RANK", "0"))
-    elif get("SLURM_STEP_ID") and get("SLURM_PROCID"):
-        rank, world = int(environment["SLURM_PROCID"]), int(get("SLURM_STEP_NUM_TASKS") or get("SLURM_NTASKS", "1"))
-        local = int(get("SLURM_LOCALID", "0"))
-        if world == 1:
-            return None
-    else:
-        return None
-    job = int(get("SLURM_JOB_ID", "0")) * 31 + int(get("SLURM_STEP_ID", "0"))
-    address = get("MASTER_ADDR") or first_host(get("SLURM_STEP_NODELIST") or get("SLURM_JOB_NODELIST") or "127.0.0.1")
-    return Place(rank, world, local, address, int(get("MASTER_PORT") or 15_000 + job % 15_000))
+def join(work: Callable[[int], Any], *, patience: float = PATIENCE) -> Any:
+    """Run work(rank) as one of the ranks that srun or torchrun started; alone, as the only one of a group of its own."""
+    place = find_place(os.environ) or Place(0, 1, 0, "127.0.0.1")
+    return _meet_all_and_work(place, work, _take_device(place), patience=patience)
 
 
-def first_host(nodelist: str) -> str:
-    """gpu[07-09,12],cpu1 -> gpu07, as `scontrol show hostnames` says first."""
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodelist)[0])
+def _take_device(place: Place) -> str:
+    """Announce this rank to the libraries that read the environment, and take its GPU; the backend to talk over."""
+    gpus = torch.cuda.device_count()
+    local = place.local_rank % gpus if gpus else place.local_rank  # srun may show every rank its own GPU only
+    os.environ.update(RANK=f"{place.rank}", WORLD_SIZE=f"{place.world}", LOCAL_RANK=f"{local}", MASTER_ADDR=place.address)
+    if gpus:
+        torch.cuda.set_device(local)
+        return "nccl"
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return "gloo"
 
 
 def _join(place: Place, work: Callable[[int], Any], *, folder: Path) -> Any:
-    """Be one rank; whoever started us ends the others when we exit with an error."""
-    gpus = torch.cuda.device_count()
-    local = place.local_rank % gpus if gpus else place.local_rank  # srun may show every rank its own GPU only
-    os.environ.update(RANK=f"{place.rank}", WORLD_SIZE=f"{place.world}", LOCAL_RANK=f"{local}")
-    os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=f"{place.port}")
-    if gpus:
-        torch.cuda.set_device(local)
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    """Be one rank of a run; whoever started us ends the others when we exit with an error."""
+    backend = _take_device(place)
     with own_log(rank_log(folder, place.rank), show=place.rank == 0) as console:
         os.environ[CONSOLE] = f"{console.fileno()}"
         try:
-            return _meet_all_and_work(place, work, "nccl" if gpus else "gloo")
+            return _meet_all_and_work(place, work, backend, patience=PATIENCE)
         except Exception as error:
             failure = Failure.of(error)
+            kind = "user" if failure.by_user else "lost peer" if failure.lost_peer else "error"
+            culprit = error.rank if isinstance(error, RankError) else None
+            record(f"rank-{place.rank}", kind=kind, report=failure.report.splitlines()[-1], culprit=culprit)
             if place.rank:  # what rank 0 says reaches the console anyway
                 time.sleep(failure.by_user)  # most likely rank 0 has the same to say, and its exit has ended us before we repeat it
                 console.write(f"rank {place.rank} {failure.report.splitlines()[-1] if failure.lost_peer else failure.report}\n")
@@ -255,14 +261,39 @@ def _join(place: Place, work: Callable[[int], Any], *, folder: Path) -> Any:
             os._exit(1)  # at once: leaving in order would wait for peers
 
 
-def _meet_all_and_work(place: Place, work: Callable[[int], Any], backend: str) -> Any:
-    try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
-    except dist.DistError as error:
-        where = f"{place.address}:{place.port}"
-        cure = f"see that all {place.world} tasks started and that no firewall closes the port"
-        raise RankError(place.rank, f"met nobody at {where} within {PATIENCE:g} s; {cure}") from error
+def _meet_all_and_work(place: Place, work: Callable[[int], Any], backend: str, *, patience: float) -> Any:
+    said = _choose_interface(place)
+    if place.port is None:
+        store, port = meet(place, patience=patience)
+        os.environ["MASTER_PORT"] = f"{port}"
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timedelta(seconds=patience))
+    else:
+        os.environ["MASTER_PORT"] = f"{place.port}"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=patience))
+        except dist.DistError as error:
+            where = f"{place.address}:{place.port}"
+            cure = f"see that all {place.world} tasks started and that no firewall closes the port"
+            raise RankError(place.rank, f"met nobody at {where} within {patience:g} s; {cure}") from error
+    if place.rank == 0:
+        record("start", hosts=place.hosts, world=place.world)
+        sys.stdout.write(f"{place.world} ranks met at {place.address}:{os.environ['MASTER_PORT']}; {said}\n")
     result = work(place.rank)
     dist.barrier()  # rank 0 holds the meeting point open until the last one is done
     dist.destroy_process_group()
     return result
+
+
+def _choose_interface(place: Place) -> str:
+    """See to it that gloo, and NCCL where it speaks TCP, use the network that leads to the other nodes; returns what to say of it.
+
+    Left alone, gloo takes the address that this machine's own name stands for, which on many is a loopback address.
+    """
+    given = {name: os.environ[name] for name in INTERFACES if name in os.environ}
+    peers = [host for host in place.hosts if host != node_name()]
+    if len(given) < len(INTERFACES) and peers and (found := find_interface(peers[0])):
+        for name in INTERFACES:
+            os.environ.setdefault(name, found[0])
+        told = "".join(f", {name} = {value} as set" for name, value in given.items())
+        return f"gloo and NCCL's TCP use {found[0]} ({found[1]}), by which {peers[0]} is reached{told}"
+    return ", ".join(f"{name} = {value}" for name, value in given.items()) or "gloo and NCCL choose their interface themselves"

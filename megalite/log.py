@@ -23,6 +23,8 @@ from typing import TextIO
 
 from rich.console import Console
 
+from megalite.signals import deafen
+
 CONTROL = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[()][A-Z0-9]|\x1b[=>]")
 FOREIGN = ("DeepSpeed", "torch", "torch.distributed", "filelock", "fsspec", "asyncio", "tensorboard")
 
@@ -141,7 +143,9 @@ def own_log(path: Path, *, show: bool) -> Iterator[TextIO]:
     tees = []
     for fd, console in enumerate(saved, start=1):
         if show:  # a process of its own, so that what a rank said before it was killed is not lost
-            tee = subprocess.Popen(["tee", "-a", "-i", str(path)], stdin=subprocess.PIPE, stdout=console, start_new_session=True)
+            tee = subprocess.Popen(
+                ["tee", "-a", "-i", str(path)], stdin=subprocess.PIPE, stdout=console, start_new_session=True, preexec_fn=deafen
+            )
             assert tee.stdin
             os.dup2(tee.stdin.fileno(), fd)
             tee.stdin.close()

@@ -24,6 +24,7 @@ from megalite.checkpoint.manifest import Damaged
 from megalite.checkpoint.resume import find as find_checkpoints
 from megalite.checkpoint.store import read_facts, whole
 from megalite.config import Config, run_folder
+from megalite.crew import RankError
 from megalite.data.loader import open_train, open_valid, resolve
 from megalite.data.prepare import Preparation, prepare
 from megalite.data.shards import unigram_entropy
@@ -33,22 +34,37 @@ from megalite.evaluate import generate
 from megalite.fit import resolve_mesh
 from megalite.log import open_console, open_voice, quiet_foreign
 
+LEASE = 120.0  # seconds for which an NFS server may keep the lock of a machine that crashed (90 by default), and a little
 UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h: "try again later", for whoever requeues jobs
 
 
 def pretrain(config: Config, *, command: str) -> None:
     """Prepare if need be, train what is left, report."""
+    try:
+        _pretrain(config, command=command)
+    except UserError as error:
+        if launch.is_rank_zero():
+            launch.record("rank-0", kind="user", report=str(error), culprit=None)
+        raise
+    except RankError as error:  # of ranks that this process started; one that was joined does not come here
+        launch.record(f"rank-{error.rank}", kind="error", report=error.report.splitlines()[-1], culprit=error.rank)
+        raise
+
+
+def _pretrain(config: Config, *, command: str) -> None:
     quiet_foreign()
     config = resolve_mesh(config, launch.count_ranks(config))
     document = read_document(config)  # preparing a corpus takes minutes: what is wrong is said before
     if launch.stands_alone():
         prepare_corpus(config)
     config = complete(config)
-    with lock.hold(run_folder(config)) if launch.is_rank_zero() else nullcontext():
+    patience = LEASE if launch.is_attended() else 0.0
+    with lock.hold(run_folder(config), patience=patience) if launch.is_rank_zero() else nullcontext():
         if launch.is_rank_zero():
             write_config(config)
         if is_finished(config):
             if launch.is_rank_zero():
+                launch.record("outcome", kind="finished")
                 say(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
         else:
             warm = ("megalite.train", "torch.utils.tensorboard", functools.partial(check_document, document))
@@ -73,7 +89,10 @@ def _train(config: Config, rank: int) -> str | None:
 
     quiet_foreign()
     open_voice(rank, own_log=True)
-    return train(config, rank)
+    stopped = train(config, rank)
+    if rank == 0:  # here, before the others may leave: the first exit code that is not 0 has srun end everybody
+        launch.record("outcome", kind="saved" if stopped else "finished", asked=stopped)
+    return stopped
 
 
 def is_finished(config: Config) -> bool:

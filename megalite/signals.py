@@ -14,6 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 WISHES = (signal.SIGTERM, signal.SIGUSR1)
 
 
+def deafen() -> None:
+    """Ignore them in this process: it serves a rank that hears them, and SLURM signals every process of a step."""
+    for number in WISHES:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def pass_on(processes: Callable[[], Sequence[int]]) -> Iterator[list[int]]:
     """Send what comes on to `processes()`, which may end in good order; yields what came. Asked again, or without them, this one ends.

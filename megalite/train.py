@@ -67,8 +67,8 @@ class Run:
 
 
 def train(config: Config, rank: int, *, open_material: Callable[[Config, Mesh], Material] | None = None) -> str | None:
-    """Train on this rank until config.train.steps, or until it stops getting better where the task says so; returns the name of the signal
-    that ended it earlier, or None. `open_material`: what is learned where it is no pretraining.
+    """Train on this rank until config.train.steps, or until it stops getting better where the task says so; returns the name of the signal,
+    or file, that ended it earlier, or None. `open_material`: what is learned where it is no pretraining.
     """
     mesh = start_mesh(config, rank)
     engine, guard = Engine(config, mesh, document=read_document(config)), Guard(config.watch)
@@ -76,10 +76,11 @@ def train(config: Config, rank: int, *, open_material: Callable[[Config, Mesh], 
     material = (open_material or open_pretraining)(config, mesh)
     with (
         Store(run_folder(config) / "checkpoints", config.checkpoint, tied=models.tied(config.model)) as store,
-        Watch(config.watch) as watch,
+        Watch(config.watch, run_folder(config)) as watch,
     ):
         run = Run(config, mesh, engine, material, store, guard, watch)
         step, stopped = resume(run, find), None
+        store.make_room(engine.zero.pieces())
         while step < config.train.steps and not stopped and not run.done:
             try:
                 step, stopped = advance(run, step)
@@ -91,7 +92,7 @@ def train(config: Config, rank: int, *, open_material: Callable[[Config, Mesh], 
 
 
 def advance(run: Run, step: int) -> tuple[int, str | None]:
-    """Step until the last step or a signal, whatever comes first; returns how many steps have been taken, and the signal."""
+    """Step until the last step or until asked to end; returns how many steps have been taken, and what asked."""
     config, engine, stopped = run.config, run.engine, None
     valid: dict[str, Any] = {"valid": {}, "valid_step": None}
     with (
@@ -115,14 +116,15 @@ def advance(run: Run, step: int) -> tuple[int, str | None]:
             if report.skipped:
                 metrics.skipped(step, engine.state().get("value"))
             metrics.step(step, loss=report.loss, grad_norm=report.grad_norm, lr=report.lr)
-            stopped = run.watch.signal()
+            asked = run.watch.heed()
+            stopped = asked.end
             if judge and not stopped and due(step, config.validation.every, config):
                 run.watch.enter(f"validation after step {step}")
                 with metrics.pause():
                     valid = {**judge(engine), "valid_step": step}
                 metrics.valid(step, sum(valid["valid"].values()), valid.get("scores", {}))
                 run.done = improves(run, step, valid.get("score"))
-            if stopped or run.done or due(step, config.checkpoint.every, config):
+            if stopped or asked.save or run.done or due(step, config.checkpoint.every, config):
                 run.watch.enter(f"saving step {step}")
                 with metrics.pause():
                     run.store.save(step, engine.zero.pieces(), {**facts(run), **valid})

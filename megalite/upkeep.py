@@ -1,17 +1,26 @@
-"""Sections of a run's config that keep it going: what is saved when, and what happens when something goes wrong.
+"""Sections of a run's config that keep it going: what is said and saved when, and what happens when something goes wrong.
 
 `Section` is what every section of the config is; `config.py` puts them all together.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from megalite.errors import UserError
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Log(Section):
+    every: PositiveInt = 10
+    """Steps between two lines of metrics."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files."""
 
 
 class Checkpoint(Section):
@@ -25,8 +34,15 @@ class Checkpoint(Section):
     """The checkpoint with the lowest validation loss stays, too; only one that was validated at its own step can be it."""
     background: bool = True
     """Copy what must be saved, train on, and write meanwhile (a copy of weights and moments in host memory); else wait for the disk."""
+    stage: str | None = None
+    """Folder on a disk of each node: the step waits until a save lies there, and it is copied to the run folder meanwhile. Takes the place
+    of the copy in host memory."""
     resume: str = "auto"
     """auto: the newest whole checkpoint of the run folder; none: refuse a folder that holds some; PATH: that checkpoint."""
+
+    def model_post_init(self, _: Any) -> None:
+        if self.stage and not self.background:
+            raise UserError(f"checkpoint.stage = {self.stage} is copied in the background, and checkpoint.background = false; drop one")
 
 
 class Watch(Section):

@@ -70,6 +70,8 @@ def save_ours(rank: int, settings: argparse.Namespace, folder: Path) -> dict[str
     waiting = Store(folder / "waiting", Checkpoint(background=False), tied={})
     found["save, waiting"] = clock(lambda: waiting.save(1, engine.zero.pieces(), facts))
     with Store(folder / "background", Checkpoint(keep=9), tied={}) as store:
+        store.make_room(engine.zero.pieces())
+        store.settle()
         found["first stall"] = clock(lambda: store.save(1, engine.zero.pieces(), facts))
         found["save, in the background"] = clock(store.settle)
         found["stall"] = clock(lambda: store.save(2, engine.zero.pieces(), facts))

@@ -14,7 +14,17 @@ from megalite.checkpoint.retention import whole
 from megalite.config import Config, parse, run_folder
 from megalite.errors import UserError
 
-PINNED = ("model", "run.seed", "train.global_batch", "data.train", "data.sequence", "data.whole_word", "data.mask_fraction", "task")
+PINNED = (
+    "model",
+    "run.seed",
+    "train.global_batch",
+    "data.train",
+    "data.sequence",
+    "data.whole_word",
+    "data.mask_fraction",
+    "data.document_mask",
+    "task",
+)
 
 
 def find(config: Config, *, tokenizer: str | None = None) -> list[Path]:

@@ -7,11 +7,12 @@ nothing but DCP's index, and of that only DCP's own record types.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +32,7 @@ from megalite.checkpoint.manifest import CURE, SEAL, Chunks, Damaged, checksum
 from megalite.errors import UserError
 
 INDEX = ".metadata"
+BLOCK = 16 << 20  # bytes read at once
 RECORDS = {  # what DCP's index is made of, and nothing else
     "torch.distributed.checkpoint.metadata": {
         "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
@@ -54,10 +56,42 @@ class Written(WriteResult):
 
 
 class Writer(FileSystemWriter):
-    """Writes one file a rank, synced before DCP hears that it is done. On the coordinator, `files` and `chunks` then hold all sums."""
+    """Writes one file a rank, synced before DCP hears that it is done. On the coordinator, `files` and `chunks` then hold all sums.
+
+    With a stage, a folder on a disk of the node, the file lies there until `bring` has copied it to where it belongs.
+    """
 
     files: dict[str, dict[str, Any]]
     chunks: Chunks
+
+    def __init__(self, path: Path, *, stage: Path | None = None) -> None:
+        super().__init__(path)
+        self.stage_folder = stage
+        self.staged: tuple[Path, str] | None = None  # this rank's file and its checksum
+
+    def bring(self) -> None:
+        """Copy this rank's file from the stage, sum what was read, and sync it. Raises OSError, too where the stage lost what it held."""
+        if self.staged is None:
+            return
+        source, total = self.staged
+        target, seen = Path(self.path) / source.name, xxhash.xxh3_128()
+        with source.open("rb") as read, target.open("wb") as written:
+            while part := read.read(BLOCK):
+                seen.update(part)
+                written.write(part)
+            written.flush()
+            os.fsync(written.fileno())
+        if seen.hexdigest() != total:
+            raise OSError(errno.EIO, "the stage gave back other bytes than were written", str(source))
+        sync(target.parent)
+        self.forget()
+
+    def forget(self) -> None:
+        """Take this rank's file off the stage."""
+        if self.staged is not None:
+            with suppress(OSError):
+                self.staged[0].unlink()
+        self.staged = None
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         done: Future[list[WriteResult]] = Future()
@@ -66,7 +100,8 @@ class Writer(FileSystemWriter):
 
     def _write_items(self, plan: SavePlan, planner: SavePlanner) -> Iterable[WriteResult]:
         name = f"{plan.storage_data.prefix}0.distcp"
-        path, written, whole, offset = Path(self.path) / name, [], xxhash.xxh3_128(), 0
+        path, written, whole, offset = (self.stage_folder or Path(self.path)) / name, [], xxhash.xxh3_128(), 0
+        self.staged = (path, "") if self.stage_folder else None
         with path.open("wb") as file:
             for item in plan.items:
                 data = _pack(planner.resolve_data(item))
@@ -78,6 +113,7 @@ class Writer(FileSystemWriter):
             file.flush()
             os.fsync(file.fileno())
         sync(path.parent)
+        self.staged = (path, whole.hexdigest()) if self.stage_folder else None
         return [replace(result, file_sum=whole.hexdigest()) for result in written]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -205,6 +241,18 @@ def _unpickle(folder: Path, total: str | None) -> Metadata:
     if stranger is not None:
         raise UserError(f"checkpoint {folder} names {stranger}, a file outside its folder; it was not written by megalite")
     return metadata
+
+
+def open_stage(where: str, run: Path) -> Path:
+    """The folder of one run on a node's own disk, without what a killed job left there. Raises UserError where it cannot be made."""
+    folder = Path(where) / f"megalite-{xxhash.xxh3_64_hexdigest(str(run.resolve()).encode())}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.distcp"):
+            left.unlink(missing_ok=True)  # the ranks of a node all try
+    except OSError as error:
+        raise UserError(f"checkpoint.stage = {where} cannot be used ({error.strerror}); name a folder on a disk of every node") from None
+    return folder
 
 
 def sync(folder: Path) -> None:

@@ -5,7 +5,7 @@ In: the pieces a rank owns and a few facts (step, config, state).  Out: `checkpo
 
 A checkpoint is written under a temporary name, every file synced, and renamed when all ranks are done: a folder called step-N is whole,
 and its checksums tell whether it still is. `latest` is a link to the one written last. In the background a save costs the training a
-copy of what the rank owns; one save is under way at most, and the next waits for it.
+copy of what the rank owns, in memory or on a disk of the node; one save is under way at most, and the next waits for it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -31,7 +32,7 @@ from megalite.checkpoint import manifest
 from megalite.checkpoint.manifest import CURE, Damaged, read_facts
 from megalite.checkpoint.retention import link_latest, prune, remove, whole
 from megalite.checkpoint.slices import Slice
-from megalite.checkpoint.storage import Reader, Writer, sync
+from megalite.checkpoint.storage import Reader, Writer, open_stage, sync
 from megalite.config import Checkpoint
 from megalite.errors import UserError
 from megalite.layout import Cut
@@ -71,6 +72,7 @@ class Store:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if settings.background else None
         self.flight: Future[str | None] | None = None
         self.copies: dict[str, Tensor] = {}
+        self.stage = self._together(partial(open_stage, settings.stage, folder)) if settings.stage else None
 
     def __enter__(self) -> Store:
         return self
@@ -81,6 +83,12 @@ class Store:
         if self.thread:
             self.thread.shutdown(wait=kind is None)
 
+    def make_room(self, pieces: Sequence[Piece]) -> None:
+        """Take the memory that saves copy into, while training goes on: the first of them then stalls it no longer than the others."""
+        if self.thread and self.stage is None:
+            flats = [flat for piece in pieces if piece.first for flat in self._flats(piece)]
+            self.flight = self.thread.submit(self._take, flats)
+
     def save(self, step: int, pieces: Sequence[Piece], facts: dict[str, Any]) -> None:
         """Begin to write step-N, or write it where nothing runs in the background; first wait for the save before.
 
@@ -88,41 +96,53 @@ class Store:
         rank 0 says so, and `settle` tells. Raises what else went wrong with this save or, in the background, with the one before.
         """
         self.settle()
-        state = self._state((piece for piece in pieces if piece.first), copy=self.thread is not None)
-        if self.thread:
-            self.flight = self.thread.submit(self._write, step, state, facts)
+        state = self._state((piece for piece in pieces if piece.first), copy=self.thread is not None and self.stage is None)
+        writer = Writer(self.folder / f"step-{step}{PARTIAL}", stage=self.stage)
+        jobs = [lambda: self._lay(writer, state), lambda: self._finish(writer, step, facts)]
+        failed = self._try(step, writer, jobs.pop(0)) if self.stage or not self.thread else None
+        if self.thread and not failed:
+            self.flight = self.thread.submit(self._try, step, writer, *jobs)
         else:
             self.flight = Future()
-            self.flight.set_result(self._write(step, state, facts))
+            self.flight.set_result(failed or self._try(step, writer, *jobs))
 
     def settle(self) -> str | None:
         """Wait until the last save is done; why it failed, or None. The same on every rank."""
         return self.flight.result() if self.flight else None
 
-    def _write(self, step: int, state: dict[str, Any], facts: dict[str, Any]) -> str | None:
-        final = self.folder / f"step-{step}"
-        partial = final.with_name(final.name + PARTIAL)
-        writer = Writer(partial)
+    def _lay(self, writer: Writer, state: dict[str, Any]) -> None:
+        """Write what the ranks own, to the run folder or the stage."""
 
         def open_partial() -> None:
-            remove(partial)
-            partial.mkdir(parents=True)
+            remove(Path(writer.path))
+            Path(writer.path).mkdir(parents=True)
 
+        self._together(open_partial, rank=0)
+        write_state(state, storage_writer=writer, process_group=self.group)
+
+    def _finish(self, writer: Writer, step: int, facts: dict[str, Any]) -> None:
+        """Bring it from the stage, if it is there, and make it step-N."""
+        final = self.folder / f"step-{step}"
+        self._together(writer.bring)
+        self._together(lambda: _publish(writer, final, {"step": step, **facts}), rank=0)
+        self._together(lambda: prune(self.folder, newest=final, settings=self.settings), rank=0)
+
+    def _try(self, step: int, writer: Writer, *jobs: Callable[[], None]) -> str | None:
+        """Do this part of a save; why the disk did not let it, or None."""
         try:
-            self._together(open_partial, rank=0)
-            write_state(state, storage_writer=writer, process_group=self.group)
-            self._together(lambda: _publish(writer, final, {"step": step, **facts}), rank=0)
+            for job in jobs:
+                job()
         except (OSError, CheckpointException) as error:
             reason = _disk_failure(error)
             if reason is None:
                 raise
-            self._together(lambda: shutil.rmtree(partial, ignore_errors=True), rank=0)
+            writer.forget()
+            self._together(lambda: shutil.rmtree(writer.path, ignore_errors=True), rank=0)
             if self.rank == 0:
                 kept = whole(self.folder)
                 stays = f"{kept[-1].name} stays the newest checkpoint" if kept else "there is no checkpoint yet"
                 LOG.warning("step-%d could not be saved: %s; training goes on, %s", step, reason, stays)
             return reason
-        self._together(lambda: prune(self.folder, newest=final, settings=self.settings), rank=0)
         return None
 
     def load(self, path: Path, pieces: Sequence[Piece], *, weights_only: bool = False) -> dict[str, Any]:
@@ -145,20 +165,28 @@ class Store:
         return facts
 
     def _state(self, pieces: Iterable[Piece], *, copy: bool = False) -> dict[str, Any]:
-        state: dict[str, Any] = {}
-        for piece in pieces:
-            name = self.tied.get(piece.cut.name, piece.cut.name)
-            for kind, flat in zip(KINDS, (piece.master, piece.moments["exp_avg"], piece.moments["exp_avg_sq"]), strict=True):
-                held = self._copy(f"{kind}/{name}", flat) if copy else flat
-                state[f"{kind}/{name}"] = Slice.of(held, cut=piece.cut, start=piece.start)
-        return state
+        return {
+            key: Slice.of(self._hold(key, flat).copy_(flat) if copy else flat, cut=piece.cut, start=piece.start)
+            for piece in pieces
+            for key, flat in self._flats(piece)
+        }
 
-    def _copy(self, key: str, flat: Tensor) -> Tensor:
-        """Into memory of the host that is kept from save to save."""
+    def _flats(self, piece: Piece) -> Iterable[tuple[str, Tensor]]:
+        """What of a piece is stored, under its name."""
+        name = self.tied.get(piece.cut.name, piece.cut.name)
+        flats = (piece.master, piece.moments["exp_avg"], piece.moments["exp_avg_sq"])
+        return [(f"{kind}/{name}", flat) for kind, flat in zip(KINDS, flats, strict=True)]
+
+    def _take(self, flats: Sequence[tuple[str, Tensor]]) -> None:
+        for key, flat in flats:
+            self._hold(key, flat).zero_()  # a page is taken when it is written to
+
+    def _hold(self, key: str, flat: Tensor) -> Tensor:
+        """Memory of the host for a copy of this, kept from save to save."""
         held = self.copies.get(key)
         if held is None or held.shape != flat.shape:
             held = self.copies[key] = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
-        return held.copy_(flat)
+        return held
 
     def _together(self, work: Callable[[], Answer], *, rank: int | None = None) -> Answer:
         """What `work` returns, done by every rank or by one (the others get None); where it fails on one, its error on every rank."""

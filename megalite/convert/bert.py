@@ -5,12 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megalite.config import Model
-from megalite.convert.mapping import Source, Table, both, require
+from megalite.convert.mapping import Source, Table, both, ending, require
 
-ARCHITECTURES = {
-    "pretrain": "BertForPreTraining", "classify": "BertForSequenceClassification", "regress": "BertForSequenceClassification",
-    "tag": "BertForTokenClassification",
-}  # fmt: skip
 PREFIX = "bert."
 MODEL_TYPES = ("bert",)
 
@@ -18,6 +14,10 @@ MODEL_TYPES = ("bert",)
 def fits(model: Model) -> bool:
     """Whether transformers can say this model as a BERT: it has one activation for blocks and head, and ours has plain GELU in the head."""
     return (model.family, model.activation, model.num_kv_heads) == ("bert", "gelu", model.heads)
+
+
+def architecture(model: Model) -> str:
+    return "Bert" + ending(model, pretrained="ForPreTraining")
 
 
 def read_config(config: Any) -> Model:
@@ -34,11 +34,13 @@ def read_config(config: Any) -> Model:
         norm_eps=config.layer_norm_eps,
         activation="gelu",
         init_std=config.initializer_range,
+        dropout=config.hidden_dropout_prob,
+        attention_dropout=config.attention_probs_dropout_prob,
     )
 
 
 def write_config(model: Model) -> dict[str, Any]:
-    """Settings of a BertConfig; without dropout in pretraining, as we train."""
+    """Settings of a BertConfig."""
     return {
         "model_type": "bert",
         "num_hidden_layers": model.layers,

@@ -65,10 +65,12 @@ def family_of(model: Model) -> ModuleType:
     """Which model of transformers this is."""
     family = next((family for family in FAMILIES if family.fits(model)), None)
     if family is None:
-        said = ", ".join(f"{name} = {getattr(model, name)}" for name in ("family", "positions", "norm", "activation", "bias", "kv_heads"))
+        said = ", ".join(
+            f"{name} = {getattr(model, name)}" for name in ("family", "positions", "norm", "activation", "bias", "qkv_bias", "kv_heads")
+        )
         raise UserError(
             f"no model of transformers is a model with {said}; it has GPT-2 (learned, layer, GELU, biases, as many kv_heads), "
-            "Llama (rope, rms, swiglu) and BERT (gelu)"
+            "Llama and Qwen2 (rope, rms, swiglu) and BERT (gelu)"
         )
     return family
 
@@ -135,7 +137,7 @@ def describe(family: ModuleType, config: Config, tokenizer: Tokenizer | None, *,
         settings |= {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
         settings["problem_type"] = {"classify": "single_label_classification", "regress": "regression"}.get(model.head)
     described = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    described.architectures = [family.ARCHITECTURES[model.head]]
+    described.architectures = [family.architecture(model)]
     described.dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
     return described
 

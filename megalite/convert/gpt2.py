@@ -5,12 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megalite.config import Model
-from megalite.convert.mapping import Source, Table, both, require
+from megalite.convert.mapping import Source, Table, both, ending, require
 
-ARCHITECTURES = {
-    "pretrain": "GPT2LMHeadModel", "classify": "GPT2ForSequenceClassification", "regress": "GPT2ForSequenceClassification",
-    "tag": "GPT2ForTokenClassification",
-}  # fmt: skip
 PREFIX = "transformer."
 MODEL_TYPES = ("gpt2",)
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -18,14 +14,18 @@ ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu"
 
 def fits(model: Model) -> bool:
     """Whether transformers can say this model as a GPT-2."""
-    kind = (model.family, model.positions, model.norm, model.bias, model.num_kv_heads)
-    return kind == ("gpt", "learned", "layer", True, model.heads) and model.activation in ACTIVATIONS.values()
+    kind = (model.family, model.positions, model.norm, model.bias, model.has_qkv_bias, model.num_kv_heads)
+    return kind == ("gpt", "learned", "layer", True, True, model.heads) and model.activation in ACTIVATIONS.values()
+
+
+def architecture(model: Model) -> str:
+    return "GPT2" + ending(model, pretrained="LMHeadModel")
 
 
 def read_config(config: Any) -> Model:
     """Our settings of a GPT2Config. Raises UserError for what ours cannot be."""
     require(config, activation_function=tuple(ACTIVATIONS), scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
-    require(config, add_cross_attention=False)
+    require(config, add_cross_attention=False, embd_pdrop=config.resid_pdrop)
     return Model(
         layers=config.n_layer,
         width=config.n_embd,
@@ -37,11 +37,13 @@ def read_config(config: Any) -> Model:
         activation=ACTIVATIONS[config.activation_function],  # type: ignore[arg-type]
         tied=config.tie_word_embeddings,
         init_std=config.initializer_range,
+        dropout=config.resid_pdrop,
+        attention_dropout=config.attn_pdrop,
     )
 
 
 def write_config(model: Model) -> dict[str, Any]:
-    """Settings of a GPT2Config; without dropout, as we train."""
+    """Settings of a GPT2Config."""
     return {
         "model_type": "gpt2",
         "n_layer": model.layers,
@@ -51,9 +53,9 @@ def write_config(model: Model) -> dict[str, Any]:
         "n_positions": model.sequence,
         "layer_norm_epsilon": model.norm_eps,
         "activation_function": next(theirs for theirs, ours in ACTIVATIONS.items() if ours == model.activation),
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
+        "resid_pdrop": model.dropout,
+        "embd_pdrop": model.dropout,
+        "attn_pdrop": model.attention_dropout,
     }
 
 

@@ -1,4 +1,5 @@
-"""Llama as transformers has it (LlamaForCausalLM), and Mistral, which has the same tensors: settings and names, both ways.
+"""Llama as transformers has it (LlamaForCausalLM), Mistral, which has the same tensors, and Qwen2, which has biases of query, key and
+value: settings and names, both ways.
 
 Rotary halves are laid out alike on both sides, so weights are copied and never permuted.
 """
@@ -8,24 +9,29 @@ from __future__ import annotations
 from typing import Any
 
 from megalite.config import Model
-from megalite.convert.mapping import Source, Table, both, require
+from megalite.convert.mapping import Source, Table, both, ending, require
 from megalite.errors import UserError
 
-ARCHITECTURES = {
-    "pretrain": "LlamaForCausalLM", "classify": "LlamaForSequenceClassification", "regress": "LlamaForSequenceClassification",
-    "tag": "LlamaForTokenClassification",
-}  # fmt: skip
 PREFIX = "model."
-MODEL_TYPES = ("llama", "mistral")
+MODEL_TYPES = ("llama", "mistral", "qwen2")
 
 
 def fits(model: Model) -> bool:
-    """Whether transformers can say this model as a Llama."""
-    return (model.family, model.positions, model.norm, model.activation) == ("gpt", "rope", "rms", "swiglu")
+    """Whether transformers can say this model as a Llama or a Qwen2."""
+    kind = (model.family, model.positions, model.norm, model.activation)
+    return kind == ("gpt", "rope", "rms", "swiglu") and model.has_qkv_bias in (model.bias, True)
+
+
+def architecture(model: Model) -> str:
+    return ("Qwen2" if _is_qwen(model) else "Llama") + ending(model, pretrained="ForCausalLM")
+
+
+def _is_qwen(model: Model) -> bool:
+    return model.has_qkv_bias and not model.bias
 
 
 def read_config(config: Any) -> Model:
-    """Our settings of a LlamaConfig or MistralConfig. Raises UserError for what ours cannot be."""
+    """Our settings of a LlamaConfig, MistralConfig or Qwen2Config. Raises UserError for what ours cannot be."""
     require(config, hidden_act="silu", head_dim=(None, config.hidden_size // config.num_attention_heads))
     rope = config.rope_parameters
     if rope["rope_type"] != "default":
@@ -50,27 +56,29 @@ def read_config(config: Any) -> Model:
         norm_eps=config.rms_norm_eps,
         activation="swiglu",
         bias=bias,
+        qkv_bias=True if config.model_type == "qwen2" else None,
         tied=config.tie_word_embeddings,
         init_std=config.initializer_range,
+        attention_dropout=config.attention_dropout,
     )
 
 
 def write_config(model: Model) -> dict[str, Any]:
-    """Settings of a LlamaConfig."""
+    """Settings of a LlamaConfig or a Qwen2Config; neither has a dropout but that of attention, ours may have been trained with one."""
+    qwen = _is_qwen(model)
     return {
-        "model_type": "llama",
+        "model_type": "qwen2" if qwen else "llama",
         "num_hidden_layers": model.layers,
         "hidden_size": model.width,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_width,
         "intermediate_size": model.mlp_width,
         "max_position_embeddings": model.sequence,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
         "rms_norm_eps": model.norm_eps,
         "hidden_act": "silu",
-        "attention_bias": model.bias,
-        "mlp_bias": model.bias,
+        "attention_dropout": model.attention_dropout,
+        **({} if qwen else {"head_dim": model.head_width, "attention_bias": model.bias, "mlp_bias": model.bias}),
     }
 
 
@@ -85,7 +93,7 @@ def table(model: Model) -> Table:
         ours, theirs = f"layers.{n}", f"model.layers.{n}"
         projections = tuple(f"{theirs}.self_attn.{part}_proj" for part in "qkv")
         found |= both(f"{ours}.attention_norm", f"{theirs}.input_layernorm", bias=False)
-        found |= both(f"{ours}.attention.qkv", projections, sizes=(model.width, key, key), bias=model.bias)
+        found |= both(f"{ours}.attention.qkv", projections, sizes=(model.width, key, key), bias=model.has_qkv_bias)
         found |= both(f"{ours}.attention.out", f"{theirs}.self_attn.o_proj", bias=model.bias)
         found |= both(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", bias=False)
         found |= both(f"{ours}.mlp.up", (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj"), sizes=(f, f), bias=model.bias)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.config import Model
 from megalite.errors import UserError
 
 
@@ -48,6 +49,12 @@ def _taker(start: int, size: int, transposed: bool) -> Callable[[Tensor], Tensor
 
 
 Table = dict[str, Source]
+
+
+def ending(model: Model, *, pretrained: str) -> str:
+    """What transformers calls a model of this head, behind the family's name."""
+    sequence = "ForSequenceClassification"
+    return {"pretrain": pretrained, "classify": sequence, "regress": sequence, "tag": "ForTokenClassification"}[model.head]
 
 
 def both(ours: str, theirs: str | tuple[str, ...], *, sizes: tuple[int, ...] = (), transposed: bool = False, bias: bool = True) -> Table:

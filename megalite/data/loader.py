@@ -185,7 +185,22 @@ def _dataset(shard: Shard, tokenizer: Tokenizer | None, vocab_size: int, *, data
     if sequence > model.sequence:
         raise UserError(f"data.sequence = {sequence} is longer than model.sequence = {model.sequence}; lower it or raise model.sequence")
     if model.family == "gpt":
-        return Causal(shard, sequence=sequence, vocab_size=vocab_size)
+        return Causal(shard, sequence=sequence, vocab_size=vocab_size, eos=_end_of_text(shard, tokenizer) if data.document_mask else None)
     if tokenizer is None:
         raise UserError(f"model.family = bert needs the tokenizer of {shard.prefix} to mask its tokens; set data.tokenizer")
     return Masked(shard, tokenizer, sequence=sequence, seed=seed, mask_fraction=data.mask_fraction, whole_word=data.whole_word)
+
+
+def _end_of_text(shard: Shard, tokenizer: Tokenizer | None) -> int:
+    """The token that documents end with, for data.document_mask."""
+    if tokenizer is None:
+        raise UserError(
+            f"data.document_mask needs the end-of-text token of {shard.prefix}, which names no tokenizer; set data.tokenizer, "
+            "or leave data.document_mask out"
+        )
+    if "eos" not in tokenizer.special:
+        raise UserError(
+            f"data.document_mask needs an end-of-text token, but the tokenizer of {shard.prefix} has only "
+            f"{', '.join(sorted(tokenizer.special)) or 'no special token'}; use another tokenizer, or leave data.document_mask out"
+        )
+    return tokenizer.special["eos"]

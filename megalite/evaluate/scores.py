@@ -23,8 +23,8 @@ def classify(wanted: Sequence[int], given: Sequence[int], labels: Sequence[str])
     there = sorted(set(wanted) | set(given))
     return {
         "accuracy": float(accuracy_score(wanted, given)),
-        "macro_f1": float(f1_score(wanted, given, labels=there, average="macro", zero_division=0.0)),
-        "micro_f1": float(f1_score(wanted, given, labels=there, average="micro", zero_division=0.0)),
+        "macro_f1": float(f1_score(wanted, given, labels=there, average="macro", zero_division=0.0)),  # type: ignore
+        "micro_f1": float(f1_score(wanted, given, labels=there, average="micro", zero_division=0.0)),  # type: ignore
         "confusion": confusion_matrix(wanted, given, labels=places).tolist(),
     }
 
@@ -54,7 +54,7 @@ def tag(wanted: Sequence[Sequence[str]], given: Sequence[Sequence[str]]) -> Scor
         return {"accuracy": accuracy, **{name: float(score) for name, score in found.items()}}
     from sklearn.metrics import f1_score as word_f1
 
-    return {"accuracy": accuracy, "f1": float(word_f1(ours, theirs, average="macro", zero_division=0.0))}
+    return {"accuracy": accuracy, "f1": float(word_f1(ours, theirs, average="macro", zero_division=0.0))}  # type: ignore
 
 
 def translate(wanted: Sequence[str], given: Sequence[str]) -> Scores:

@@ -1,7 +1,8 @@
 """`attend`: the one door to attention. Queries, keys and values in, mixed values out.
 
 On a GPU that the kernels of `megalite_kernels` know, they do the work; elsewhere PyTorch's SDPA does. Before a kernel is trusted it is held
-to plain PyTorch once a process, on this GPU, in this precision and head width.
+to plain PyTorch once a process, on this GPU, in this precision and head width. The kernels' mask, spans, is the same for all layers:
+`with_spans` puts it into a batch once.
 
 Shapes: b batch, s sequence, h query heads, g key-value heads, k head width.
 """
@@ -17,6 +18,28 @@ from megalite_kernels.spans import document_spans, padding_spans  # pyright: ign
 from torch import Tensor
 from torch.nn import functional as F
 
+from megalite.config import Model
+from megalite.models.batch import Batch
+
+
+def is_fused(q: Tensor) -> bool:
+    """Whether the kernels do the work for queries like q (..., k): its device, precision and head width count."""
+    return q.is_cuda and why_not(q) is None
+
+
+def with_spans(batch: Batch, *, model: Model, dtype: torch.dtype) -> Batch:
+    """The batch, and in it the mask of its documents or padding as the kernels want it, "spans" (4, b, s), where the kernels are in use.
+
+    For a batch whose sequences are not cut yet: attention sees whole ones. `dtype` is that of queries, keys and values.
+    """
+    masked = batch.get("length" if model.family == "bert" else "documents")
+    if masked is None or not is_fused(torch.empty(0, model.head_width, dtype=dtype, device=masked.device)):
+        return batch
+    causal = model.family == "gpt"
+    spans = _spans(causal=causal, lengths=batch.get("length"), documents=batch.get("documents"), rows=batch["ids"].shape[1])
+    assert spans is not None
+    return {**batch, "spans": torch.stack(spans)}
+
 
 def attend(
     q: Tensor,
@@ -26,18 +49,20 @@ def attend(
     causal: bool,
     lengths: Tensor | None = None,
     documents: Tensor | None = None,
+    spans: Tensor | None = None,
     drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(k)) v with q (b, s, h, k), k and v (b, s, g, k), g dividing h; returns (b, s, h, k).
 
     causal: row i sees keys 0..i. lengths (b,): keys from lengths[b] on are padding that no row sees; lengths are at least 1.
-    documents (b, s): the number of each token's document, never decreasing; a row sees only its own. drop: what happens to the
-    probabilities (b, h, s, s), which are kept in memory for it.
+    documents (b, s): the number of each token's document, never decreasing; a row sees only its own. spans (4, b, s): lengths or
+    documents as the kernels want them, from `with_spans`; built here where missing. drop: what happens to the probabilities (b, h, s, s),
+    which are kept in memory for it.
     """
     assert lengths is None or (documents is None and not causal), "padding is masked for bidirectional attention only"
-    if q.is_cuda and drop is None and why_not(q) is None:
-        spans = _spans(q, causal=causal, lengths=lengths, documents=documents)
-        mixed = attention(q, k, v, causal=causal and spans is None, spans=spans)
+    if drop is None and is_fused(q):
+        bounds = _spans(causal=causal, lengths=lengths, documents=documents, rows=q.shape[1]) if spans is None else Spans(*spans)
+        mixed = attention(q, k, v, causal=causal and bounds is None, spans=bounds)
         assert isinstance(mixed, Tensor)
         return mixed
     mask = None
@@ -71,14 +96,14 @@ def _attend_with_dropout(q: Tensor, k: Tensor, v: Tensor, drop: Callable[[Tensor
     return torch.einsum("bhij,bjhk->bihk", drop(scores.softmax(dim=-1)).to(v.dtype), v)
 
 
-def _spans(q: Tensor, *, causal: bool, lengths: Tensor | None, documents: Tensor | None) -> Spans | None:
+def _spans(*, causal: bool, lengths: Tensor | None, documents: Tensor | None, rows: int) -> Spans | None:
     """The mask of a batch; None where every sequence has the same."""
     if lengths is None and documents is None:
         return None
     if documents is not None:
         return document_spans(documents, causal=causal)
     assert lengths is not None
-    return padding_spans(lengths, rows=q.shape[1], keys=q.shape[1])
+    return padding_spans(lengths, rows=rows, keys=rows)
 
 
 def positions_in(documents: Tensor) -> Tensor:

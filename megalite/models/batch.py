@@ -14,9 +14,10 @@ TOKENS = ("ids", "labels", "weights")
 # (b, s), what goes with a row of the hidden state, so cut as that is: BERT's segments; positions, where they are not 0 .. s - 1; places,
 # the rows' numbers in their samples
 HIDDEN = ("segments", "positions", "places")
-# whole on every rank: documents (b, s), the number of each token's document, where a sample is packed from several; and for each sample,
-# (b,), length (tokens before the padding), next_sentence, pair_weights, samples (dropout's keys; in training alone); of a task's
-# heads, which know no cut sequences, at (the token they judge by), classes or values, importance, sample_weights
+# whole on every rank: documents (b, s), the number of each token's document, where a sample is packed from several; spans (4, b, s), the
+# same or the padding as the fused kernels want it, where they are in use; and for each sample, (b,), length (tokens before the padding),
+# next_sentence, pair_weights, samples (dropout's keys; in training alone); of a task's heads, which know no cut sequences, at (the token
+# they judge by), classes or values, importance, sample_weights
 
 
 def weigh(batch: Batch) -> tuple[str, Tensor]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from megalite.config import Model
 from megalite.models.batch import Batch
 from megalite.models.dropout import Dropout
-from megalite.models.layers import Block, TokenLoss, norm, positions_of
+from megalite.models.layers import Block, Projection, TokenLoss, norm, positions_of, token_loss
 
 PLAN = {
     "embed.token": "vocabulary",
@@ -24,7 +24,7 @@ PLAN = {
     "layers.*.attention.out": "row",
     "layers.*.mlp.up": "column",
     "layers.*.mlp.down": "row",
-    "head.project": "column",
+    "head.project": "projection",
     "head.loss": "vocabulary_loss",
 }
 TIED = {"head.project.weight": "embed.token.weight"}
@@ -57,21 +57,24 @@ class Head(nn.Module):
         assert model.vocab is not None
         self.transform = nn.Linear(model.width, model.width)
         self.norm = norm(model)
-        self.project = nn.Linear(model.width, model.vocab, bias=True)
+        self.project = Projection(model.width, model.vocab, bias=True)
         self.loss = TokenLoss(model.vocab)
         self.pool = nn.Linear(model.width, model.width)
         self.next_sentence = nn.Linear(model.width, 2)
 
     def logits(self, x: Tensor) -> Tensor:
         """Of every token: (b, s, d) -> (b, s, v)."""
-        return self.project(self.norm(F.gelu(self.transform(x))))
+        return self.project(self._transformed(x))
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.transform(x)))
 
     def pair_logits(self, x: Tensor) -> Tensor:
         """Whether the second sentence follows the first (0) or was drawn at random (1): (b, s, d) -> (b, 2)."""
         return self.next_sentence(torch.tanh(self.pool(x[:, 0])))
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        tokens = self.loss(self.logits(x), batch["labels"], batch["weights"])
+        tokens = token_loss(self.project, self.loss, self._transformed(x), batch)
         pairs = F.cross_entropy(self.pair_logits(x).float(), batch["next_sentence"], reduction="none")
         return torch.stack([tokens, torch.dot(pairs, batch["pair_weights"].float())])
 

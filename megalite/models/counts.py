@@ -23,8 +23,10 @@ def num_parameters(model: Model) -> int:
     heads = (model.heads + 2 * model.num_kv_heads) * model.head_width  # columns of the fused query, key and value
     up = f * (2 if model.activation == "swiglu" else 1)
     block = d * heads + d * d + d * up + f * d + 2 * norm
+    if model.has_qkv_bias:
+        block += heads
     if model.bias:
-        block += heads + d + up + d
+        block += d + up + d
     embed = v * d + (model.sequence * d if model.positions == "learned" else 0)
     head = norm if model.tied else norm + v * d
     if model.family == "bert":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megalite.config import Model
 from megalite.models.batch import Batch
 from megalite.models.dropout import Dropout
-from megalite.models.layers import Block, TokenLoss, norm, positions_of
+from megalite.models.layers import Block, Projection, TokenLoss, norm, positions_of, token_loss
 
 PLAN = {  # how tensor parallelism may cut these modules; what is not named here is held whole by every rank
     "embed.token": "vocabulary",
@@ -23,7 +23,7 @@ PLAN = {  # how tensor parallelism may cut these modules; what is not named here
     "layers.*.attention.out": "row",
     "layers.*.mlp.up": "column",
     "layers.*.mlp.down": "row",
-    "head.project": "column",
+    "head.project": "projection",
     "head.loss": "vocabulary_loss",
 }
 TIED = {"head.project.weight": "embed.token.weight"}
@@ -54,7 +54,7 @@ class Head(nn.Module):
         super().__init__()
         assert model.vocab is not None
         self.norm = norm(model)
-        self.project = nn.Linear(model.width, model.vocab, bias=False)
+        self.project = Projection(model.width, model.vocab, bias=False)
         self.loss = TokenLoss(model.vocab)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Head(nn.Module):
         return self.project(self.norm(x))
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        return self.loss(self.logits(x), batch["labels"], batch["weights"]).reshape(1)
+        return token_loss(self.project, self.loss, self.norm(x), batch).reshape(1)
 
 
 def layers(model: Model) -> list[tuple[str, Callable[[], nn.Module]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from megalite_kernels import linear_statistics  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,7 +58,8 @@ class Mix(nn.Module):
             positions = None if documents is None else positions_in(documents)
             q, k = rotate(q, self.rope_base, positions), rotate(k, self.rope_base, positions)
         drop = partial(self._drop, samples=batch["samples"]) if self.dropout and "samples" in batch else None
-        return attend(q, k, v, causal=self.causal, lengths=None if self.causal else batch["length"], documents=documents, drop=drop)
+        lengths = None if self.causal else batch["length"]
+        return attend(q, k, v, causal=self.causal, lengths=lengths, documents=documents, spans=batch.get("spans"), drop=drop)
 
     def _drop(self, probabilities: Tensor, *, samples: Tensor) -> Tensor:
         """Of (b, h, s, s), every row a stream of its own."""
@@ -74,7 +76,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width, self.queries_per_key = model.head_width, model.heads // model.num_kv_heads
         query, key = model.heads * model.head_width, model.num_kv_heads * model.head_width
-        self.qkv = Fused(model.width, (query, key, key), bias=model.bias)
+        self.qkv = Fused(model.width, (query, key, key), bias=model.has_qkv_bias)
         self.mix = Mix(model, causal=causal)
         self.out = nn.Linear(query, model.width, bias=model.bias)
 
@@ -121,6 +123,20 @@ class Block(nn.Module):
         return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), batch))
 
 
+class Projection(nn.Linear):
+    """To the vocabulary: (b, s, d) -> logits (b, s, v); or, given labels (b, s), what the loss needs of the logits, (3, b s).
+
+    That is made in `pieces` of the vocabulary, so no more than 1 / pieces of the logits is ever in memory; see `megalite_kernels`.
+    """
+
+    pieces = 1
+
+    def forward(self, input: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return super().forward(input)
+        return linear_statistics(input.flatten(0, 1), self.weight, self.bias, labels.flatten(), pieces=self.pieces)
+
+
 class TokenLoss(nn.Module):
     """Weighted cross-entropy over the vocabulary: logits (b, s, v), labels (b, s), weights (b, s) -> a sum, shape ().
 
@@ -134,3 +150,21 @@ class TokenLoss(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         losses = F.cross_entropy(logits.float().flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none")
         return torch.dot(losses, weights.flatten().float())
+
+    def of_statistics(self, statistics: Tensor, weights: Tensor) -> Tensor:
+        """The same from a `Projection`'s statistics (3, b s): log-sum-exp, the label's logit, the sum of the logits."""
+        return torch.dot(statistics[0] - statistics[1], weights.flatten().float())
+
+
+def token_loss(project: nn.Module, loss: nn.Module, x: Tensor, batch: Batch) -> Tensor:
+    """The weighted sum of the losses of x (b, s, d), which the head has normalised: a `Projection` and a `TokenLoss`, cut or not."""
+    if project.pieces == 1:
+        return loss(project(x), batch["labels"], batch["weights"])
+    return loss.of_statistics(project(x, batch["labels"]), batch["weights"])  # type: ignore[operator]
+
+
+def split_vocabulary(layer: nn.Module, pieces: int) -> None:
+    """Have the head's loss, if `layer` is one, made in so many pieces of the vocabulary."""
+    for module in layer.modules():
+        if hasattr(module, "pieces"):
+            module.pieces = pieces  # type: ignore[assignment]

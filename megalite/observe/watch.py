@@ -1,19 +1,23 @@
 """Signs of life, and signals: whether all ranks are alive, and whether somebody wants the run to end in good order.
 
-In: what this rank is doing.  Out: the name of the signal that any rank got (SIGTERM or SIGUSR1), known to all after the same step; and an
-end, with the name of the rank, when one shows no sign of life. Every rank's thread writes a beat into a store that rank 0 keeps and reads
-that of the next rank, so the work of each does not grow with their number. A rank that was stopped, or whose machine is gone, stops
-beating; one that waits for others does not. The interpreter's lock is free while a rank waits in a collective, so its thread beats on.
+In: what this rank is doing.  Out: what any rank was asked by a signal (SIGTERM or SIGUSR1), or rank 0 by a file of the run folder
+(`switch.py`), known to all after the same step; and an end, with the name of the rank, when one shows no sign of life. Every rank's thread
+writes a beat into a store that rank 0 keeps and reads that of the next rank, so the work of each does not grow with their number. A rank
+that was stopped, or whose machine is gone, stops beating; one that waits for others does not. The interpreter's lock is free while a rank
+waits in a collective, so its thread beats on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -21,19 +25,31 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megalite import launch
+from megalite.observe.switch import STOP, Switch
 from megalite.signals import WISHES
 from megalite.upkeep import Watch as Settings
 
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all ranks do after this step: end (the name of the signal, or file, that asked for it), or save."""
+
+    end: str | None
+    save: bool
+
 
 class Watch:
-    """Use as `with Watch(settings) as watch:` on every rank, in its main thread."""
+    """Use as `with Watch(settings, folder) as watch:` on every rank, in its main thread; `folder` is the run's."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, folder: Path) -> None:
         self.patience, self.rank, self.world = float(settings.hang), dist.get_rank(), dist.get_world_size()
         self.operation, self.asked = "start", 0
         self.neighbour, self.heard = (self.rank + 1) % self.world, ""
         self.quiet = {"neighbour": 0.0, "store": 0.0}  # seconds since the next rank's beat changed, since rank 0's store answered
         self.over = threading.Event()
+        self.switch = Switch(folder) if self.rank == 0 else None
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
@@ -58,18 +74,24 @@ class Watch:
         if kind is None:
             dist.barrier(self.group)  # nobody stops beating while others still listen
         self.over.set()
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for number, handler in self.before.items():  # who asks again while this rank leaves must not end it badly
+            signal.signal(number, signal.SIG_IGN if self.asked else handler)
 
     def enter(self, operation: str) -> None:
         """Say what this rank does from now on."""
         self.operation = operation
+        LOG.debug("%s", operation)
 
-    def signal(self) -> str | None:
-        """The name of the signal that some rank got, if one did. Called by all ranks together."""
-        asked = torch.tensor([self.asked])
+    def heed(self) -> Asked:
+        """What some rank was asked by a signal, or rank 0 by a file. Called by all ranks together, once a step."""
+        orders = self.switch.read() if self.switch else None
+        mine = [self.asked, *((orders.stop, orders.save, orders.level) if orders else (0, 0, 0))]
+        asked = torch.tensor(mine, dtype=torch.int64)
         dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
-        return signal.Signals(int(asked)).name if asked else None
+        number, stop, save, level = asked.tolist()
+        if level:
+            logging.getLogger("megalite").setLevel(level)
+        return Asked(STOP if stop else signal.Signals(number).name if number else None, bool(save))
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.asked = number
@@ -107,5 +129,6 @@ class Watch:
         mine = f"rank {self.rank} waits in: {self.operation}"
         launch.end_rank(
             f"sees no sign of life of rank {silent} for {self.patience:g} s (watch.hang){last}; {mine}. "
-            f"Rank {silent} hangs, was stopped, or its machine is gone; run again: the run resumes from its last checkpoint"
+            f"Rank {silent} hangs, was stopped, or its machine is gone; run again: the run resumes from its last checkpoint",
+            culprit=silent,
         )

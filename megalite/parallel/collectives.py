@@ -79,6 +79,17 @@ class _Scatter(torch.autograd.Function):
         return all_gather(grads[0], ctx.group), None
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(grads[0], ctx.group), None
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:
@@ -103,6 +114,11 @@ def reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's part, along dim 1, of the sum of x over the group; the gradient is gathered."""
     return _Scatter.apply(x, group)  # type: ignore[return-value]
+
+
+def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's part of x along dim 1; the gradient, in parts on every rank, is summed and scattered."""
+    return _Gather.apply(x, group)  # type: ignore[return-value]
 
 
 def exchange(x: Tensor, group: dist.ProcessGroup, *, split: int, join: int) -> Tensor:

@@ -38,6 +38,7 @@ class _Stage(PipelineStage):
     """
 
     zero: Zero
+    losses: list[Tensor]  # the schedule's, of every microbatch of a step
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
         self._fill(self.args_recv_info[fwd_chunk_id])
@@ -58,6 +59,8 @@ class _Stage(PipelineStage):
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         if self.has_backward:
+            if self.is_last:  # torch 2.13 keeps it with its graph, whose leaf is the received hidden state, and that one's gradient
+                self.losses[bwd_chunk_id] = self.losses[bwd_chunk_id].detach()
             self._drop(self.args_recv_info[bwd_chunk_id])
             self._drop(self.grad_recv_info[bwd_chunk_id])
 
@@ -128,6 +131,8 @@ class Pipeline:
         kind = SCHEDULES[schedule]
         mine = self.stages if issubclass(kind, PipelineScheduleMulti) else self.stages[0]
         self.schedule = kind(mine, num_microbatches, loss_fn=lambda output, _: output, scale_grads=False)
+        for stage in self.stages:
+            stage.losses = self.schedule._internal_losses
 
     def train(self, microbatches: list[Batch]) -> list[Tensor]:
         """Forward and backward of every microbatch; their losses (parts,) on the last stage, nothing elsewhere."""

@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from typing import Any
 
 import torch
+from megalite_kernels import operators  # pyright: ignore[reportMissingImports]  # noqa: F401  registers attention_forward
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -31,6 +32,7 @@ KEPT = {
     links.reduce_scatter_tensor.default,
     links.all_to_all_single.default,
     torch.ops.megalite.gathered_linear.default,
+    torch.ops.megalite.attention_forward.default,
 }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megalite_kernels import linear_statistics  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -93,6 +94,20 @@ class VocabularyEmbedding(nn.Module):
         return self.combine(found * here.unsqueeze(-1), self.group)
 
 
+class VocabularyProjection(ColumnLinear):
+    """A column that makes logits (b, s, v / tp) of this rank's `rows` of the vocabulary; given labels (b, s), their statistics (3, b s)."""
+
+    def __init__(self, plain: nn.Linear, group: dist.ProcessGroup, rows: range, *, sequence_parallel: bool) -> None:
+        super().__init__(plain, group, sequence_parallel=sequence_parallel)
+        self.rows, self.pieces = rows, 1
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return super().forward(x)
+        x = (collectives.gather if self.sequence_parallel else collectives.copy)(x, self.group).flatten(0, 1)
+        return linear_statistics(x, self.weight, self.bias, labels.flatten(), first=self.rows.start, pieces=self.pieces)
+
+
 class VocabularyLoss(nn.Module):
     """Weighted cross-entropy over a vocabulary that lies on several ranks: no rank ever holds all logits of a token.
 
@@ -106,6 +121,33 @@ class VocabularyLoss(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         losses = _CrossEntropy.apply(logits.flatten(0, 1), labels.clamp(min=0).flatten(), self.rows, self.group)
         return torch.dot(losses, weights.flatten().float())  # type: ignore[arg-type]
+
+    def of_statistics(self, statistics: Tensor, weights: Tensor) -> Tensor:
+        """The same from the statistics (3, b s) of this rank's part of the logits."""
+        lse, own, _ = _Statistics.apply(statistics, self.group).unbind()  # type: ignore[union-attr]
+        return torch.dot(lse - own, weights.flatten().float())
+
+
+class _Statistics(torch.autograd.Function):
+    """Log-sum-exp, the label's logit and the sum of logits, (3, n), of every rank's part of the vocabulary -> those of all of it.
+
+    Two all-reduces, of n and of 3 n numbers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+        largest = mine[0].clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        joined = torch.cat([(mine[:1] - largest).exp(), mine[1:]])
+        dist.all_reduce(joined, group=group)
+        joined[0] = joined[0].log() + largest
+        ctx.save_for_backward((mine[0] - joined[0]).exp())  # the share of this rank's words in the softmax
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (share,) = ctx.saved_tensors
+        return torch.cat([grads[0][:1] * share, grads[0][1:]]), None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -164,7 +206,13 @@ def _cut_module(module: nn.Module, path: str, *, how: str, mesh: Mesh, sequence_
     if how == "heads":
         module.part = mesh.tp_rank * mesh.cp + mesh.cp_rank  # type: ignore[assignment]
         return Ulysses(module, mesh.group("cp")) if mesh.cp > 1 else module
-    dims = {"column": {"weight": 0, "bias": 0}, "row": {"weight": 1, "bias": None}, "vocabulary": {"weight": 0}, "vocabulary_loss": {}}[how]
+    dims = {
+        "column": {"weight": 0, "bias": 0},
+        "row": {"weight": 1, "bias": None},
+        "vocabulary": {"weight": 0},
+        "projection": {"weight": 0, "bias": 0},
+        "vocabulary_loss": {},
+    }[how]
     for leaf, parameter in list(module.named_parameters(recurse=False)):
         sections = getattr(module, "sections", ()) if dims[leaf] == 0 else ()
         found = Cut(f"{path}.{leaf}", tuple(parameter.shape), dims[leaf], tuple(sections), index=mesh.tp_rank, num=mesh.tp)
@@ -177,6 +225,9 @@ def _cut_module(module: nn.Module, path: str, *, how: str, mesh: Mesh, sequence_
     if how == "column":
         assert isinstance(module, nn.Linear)
         return ColumnLinear(module, group, sequence_parallel=sequence_parallel)
+    if how == "projection":
+        assert isinstance(module, nn.Linear)
+        return VocabularyProjection(module, group, _rows(module.out_features, mesh), sequence_parallel=sequence_parallel)
     if how == "row":
         assert isinstance(module, nn.Linear)
         return RowLinear(module, group, sequence_parallel=sequence_parallel)

@@ -49,7 +49,8 @@ class Answer:
 
 
 def batch_of(config: Config, step: int) -> Batch:
-    """The global batch of one step, drawn from its number: the same on every mesh.
+    """The global batch of one step, drawn from its number: the same on every mesh. With data.document_mask, about every fifth token ends a
+    document.
 
     BERT's samples have uneven numbers of targets, and a fifth of its pairs are random: with half of them, the gradient of the bias
     of two elements behind them would cancel to the rounding of its terms.
@@ -61,6 +62,9 @@ def batch_of(config: Config, step: int) -> Batch:
     labels = torch.randint(0, model.vocab, ids.shape, generator=draw)
     if model.head != "pretrain":
         return _task_batch(model, ids, draw)
+    if model.family == "gpt" and config.data.document_mask:
+        ends = torch.rand(ids.shape, generator=draw) < 0.2
+        return {"ids": ids, "labels": labels.masked_fill(ends, -100), "documents": ends.cumsum(1) - ends.long()}
     if model.family == "gpt":
         return {"ids": ids, "labels": labels}
     hidden = torch.rand(ids.shape, generator=draw) > 0.2 + 0.2 * torch.rand((size, 1), generator=draw)

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from megalite import cli, config, fit
+from megalite import config, fit
+from megalite.cluster import submit
+from megalite.cluster.settings import Submission, read_site
+from megalite.flags import read_flags
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -53,9 +56,21 @@ def test_the_commands_run_and_print_the_same_losses(clone: Path) -> None:
 def test_the_gpu_commands_are_runs_that_fit_their_ranks(command: str) -> None:
     words = shlex.split(command)
     at = words.index("train")
-    run = config.load(words[at + 1], overrides=cli.read_flags(words[at + 2 :], config.Config))
+    run = config.load(words[at + 1], overrides=read_flags(words[at + 2 :], config.Config))
     per_node = int(words[words.index("--nproc-per-node") + 1]) if "--nproc-per-node" in words else 8
     assert fit.resolve_mesh(run, per_node).mesh.dp is not None
+
+
+@pytest.mark.parametrize("command", _commands("sh cluster"))
+def test_the_cluster_commands_are_jobs_that_fit_their_nodes(command: str) -> None:
+    words = shlex.split(command)
+    assert words[:2] == ["megalite", "submit"]
+    flags = read_flags(words[3:], Submission)
+    site = read_site(flags.pop("slurm"))
+    submit.check_mesh(
+        config.load(words[2], overrides={key: value for key, value in flags.items() if key != "nodes"}), site, nodes=int(flags["nodes"])
+    )
+    submit.check_time(site)
 
 
 @pytest.mark.parametrize("line", [line for line in _commands("sh") if line.startswith("make ")])

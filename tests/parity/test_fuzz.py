@@ -46,6 +46,7 @@ def draw(seed: int) -> tuple[Config, dict[str, Any]]:
             },
             "optimizer": {"lr": 1e-2, "warmup": 2, "eps": 1e-2, "weight_decay": pick.choice((0.0, 0.1))},
         }
+        document["data"] = {"document_mask": seed % 3 == 1 and document["model"].get("family") != "bert"}
         try:
             config = Config.model_validate(document)
             if 1 < world <= 8 and not (config.train.precision != "fp32" and config.train.reduce == "step"):
@@ -83,6 +84,7 @@ def _model(pick: random.Random, parts: int) -> dict[str, Any]:
         "norm": pick.choice(("layer", "rms")),
         "activation": pick.choice(("gelu", "gelu_tanh", "swiglu")),
         "bias": pick.random() < 0.5,
+        "qkv_bias": pick.choice((None, None, True)),
         "tied": pick.random() < 0.5,
     }
     return {**shape, **style}
@@ -100,6 +102,7 @@ def _said(config: Config, document: dict[str, Any]) -> str:
     offload = " offloaded" if "offload_optimizer" in zero else ""
     layout = f"{axes}{split} zero {zero['stage']}{offload} {train.schedule} x{config.num_chunks}"
     how = f"reduce {train.reduce} recompute {train.recompute} {train.precision} clip {train.clip} dropout {model.dropout}"
+    how += " document mask" if config.data.document_mask else ""
     return f"{layout} {how}; {model.family} layers {model.layers} heads {model.heads}/{model.num_kv_heads} tied {model.tied}"
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from forked import Forked
 
 from megalite.checkpoint import store
 from megalite.data.shards import Writer
@@ -50,22 +49,18 @@ def run_file(folder: Path, shard: str, **changes: object) -> Path:
     return path
 
 
-def train(path: Path, folder: Path, *flags: str, before: str | None = None) -> subprocess.Popen[str]:
+def train(path: Path, folder: Path, *flags: str, before: str | None = None) -> Forked:
     """`before` is code that runs in the same interpreter first, to plant a fault."""
-    arguments = ["train", str(path), "--run.folder", str(folder), *flags]
-    command = [sys.executable, "-m", "megalite", *arguments]
-    if before is not None:
-        command = [sys.executable, "-c", f"{before}\nfrom megalite.cli import main\nmain({arguments!r})"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return Forked(["train", str(path), "--run.folder", str(folder), *flags], before=before)
 
 
-def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == code, output
-    return output
+def finish(process: Forked, *, code: int = 0) -> str:
+    output, said = process.communicate()
+    assert process.returncode == code, output + said
+    return output + said
 
 
-def wait_for(process: subprocess.Popen[str], happened: Callable[[], Any]) -> None:
+def wait_for(process: Forked, happened: Callable[[], Any]) -> None:
     deadline = time.monotonic() + 120
     while not happened():
         assert process.poll() is None and time.monotonic() < deadline, "the run ended too early" if process.poll() is not None else "never"

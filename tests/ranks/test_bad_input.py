@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,15 +12,15 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from forked import Forked
 from rich.console import Console
 
 from megalite.data.prepare import Preparation, prepare
 from megalite.data.shards import Writer
 
 
-def _megalite(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "megalite", *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def _megalite(folder: Path, *arguments: str) -> Forked:
+    return Forked([*arguments], cwd=folder)
 
 
 def _refusal(folder: Path, *arguments: str) -> str:
@@ -32,7 +30,9 @@ def _refusal(folder: Path, *arguments: str) -> str:
     assert process.returncode == 2, said
     assert said.startswith("megalite: ") and said.count("\n") == 1, said
     left = {path.name for path in folder.glob("runs/*/*")}
-    assert left <= {".lock", "config.yaml", "logs", "metrics.jsonl"}, "a refused run left something that a later one could take for whole"
+    assert left <= {".lock", "config.yaml", "control", "logs", "metrics.jsonl"}, (
+        "a refused run left something that a later one could take for whole"
+    )
     return said
 
 

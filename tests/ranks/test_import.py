@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from forked import Forked
 from runs import finish, losses, make_shard, train
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -17,9 +16,7 @@ from megalite.data.loader import Loader, open_train
 
 
 def _megalite(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "megalite", *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return finish(Forked([*arguments]))
 
 
 def test_training_goes_on_from_an_import_on_any_mesh_and_goes_out_again(tmp_path: Path) -> None:

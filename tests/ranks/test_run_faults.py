@@ -8,12 +8,12 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from forked import Forked
 from runs import STEPS, finish, losses, make_shard, run_file, same_bits, train, wait_for
 
 from megalite.checkpoint import manifest, store
@@ -41,7 +41,7 @@ def _has_step(folder: Path, step: int) -> bool:
     return path.exists() and f'"step": {step},' in path.read_text()
 
 
-def _ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def _ranks(process: Forked) -> list[psutil.Process]:
     """In the order of their numbers: they are forked in that order."""
     return sorted(psutil.Process(process.pid).children(), key=lambda child: child.pid)
 
@@ -120,7 +120,7 @@ def kill_at(path: Path, folder: Path, *, seconds: float, rank: int | None) -> in
     if process.poll() is None:
         ranks = _ranks(process)
         if rank is None or rank >= len(ranks):
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
         else:
             ranks[rank].kill()
     process.communicate(timeout=60)

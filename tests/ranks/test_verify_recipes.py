@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megalite import cli, config
+from megalite import config
 from megalite.config import Config
+from megalite.flags import read_flags
 from megalite.tune.verify import verify
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -33,6 +34,6 @@ def test_the_readme_names_meshes_of_every_axis() -> None:
 @pytest.mark.parametrize(("recipe", "flags"), _cases())
 def test_a_recipe_computes_what_one_process_computes(recipe: str, flags: list[str]) -> None:
     """Exactly these axes, under the recipe's own ZeRO stage and precision."""
-    asked = cli.read_flags(flags, Config)
+    asked = read_flags(flags, Config)
     asked["mesh"] = {"dp": 1, "pp": 1, "cp": 1, "tp": 1, **asked["mesh"]}
     assert verify(config.load(recipe, overrides=asked)) == 0

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from megalite import cli, config, crew, flags, pretrain
-from megalite.cli import read_flags
 from megalite.config import Config
 from megalite.data import prepare as preparing
 from megalite.data.prepare import Preparation
 from megalite.errors import UserError
+from megalite.flags import read_flags
 
 
 def _read(line: str) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def test_help_of_a_recipe_shows_what_the_recipe_sets(capsys: pytest.CaptureFixtu
     assert "usage: megalite train gpt-tiny" in said
 
 
-VERBS = re.findall(r"^  megalite (\w+)", cli.HELP, flags=re.MULTILINE)
+VERBS = list(dict.fromkeys(re.findall(r"^  megalite (\w+)", cli.HELP, flags=re.MULTILINE)))
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])

@@ -95,6 +95,10 @@ def test_all_mistakes_stand_in_one_line_with_the_nearest_right_name() -> None:
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas"),
         ({"optimizer": {"lr": float("inf")}}, "optimizer.lr = inf: input should be a finite number"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr = nan: input should be a finite number"),
+        (
+            {"data": {"document_mask": True}, "model": {"family": "bert"}},
+            "a sample of model.family = bert is one padded pair; leave data.doc",
+        ),
         ({"data": {"mask_fraction": 1.0}}, "data.mask_fraction = 1.0: input should be less than 1"),
         ({"checkpoint": {"keep": 0}}, "checkpoint.keep = 0: input should be greater than 0"),
         ({"run": {"seed": -1}}, "run.seed = -1: input should be greater than or equal to 0"),
@@ -219,6 +223,11 @@ def _run(**sections: dict[str, Any]) -> Config:
         ({"train": {"recompute_layers": 2}}, 1, "train.recompute_layers = 2 is of no use with train.recompute = none"),
         ({"data": {"sequence": 17}}, 1, "data.sequence = 17 is longer than model.sequence = 16; lower data.sequence"),
         ({"mesh": {"tp": 4}, "model": {"vocab": 3}}, 4, "model.vocab = 3 is smaller than mesh.tp = 4; lower mesh.tp"),
+        (
+            {"mesh": {"tp": 2}, "model": {"vocab": 15}, "train": {"loss_pieces": 8}},
+            2,
+            "train.loss_pieces = 8 is more than a rank's 7 words of the vocabulary; lower train.loss_pieces",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_both_numbers_and_the_cure(sections: dict, world: int, words: str) -> None:

@@ -18,6 +18,7 @@ MODELS = {
     "gpt2 untied, no biases": Model(**SMALL, tied=False, bias=False),
     "llama": Model(**LLAMA, tied=False),
     "llama tied": Model(**LLAMA),
+    "qwen": Model(**LLAMA, qkv_bias=True),
     "bert": Model(**SMALL, family="bert", activation="gelu"),
 }
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())

@@ -115,19 +115,6 @@ def test_start_forks_as_many_ranks_as_the_mesh_has_and_fills_it_in(tmp_path):
 SRUN = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
 
 
-def test_torchruns_ranks_are_joined():
-    given = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu01", "MASTER_PORT": "29400"}
-    assert launch.find_place(given | SRUN) == launch.Place(3, 4, 1, "gpu01", 29400)
-
-
-def test_sruns_ranks_are_joined_and_agree_on_address_and_port():
-    place = launch.find_place(SRUN | {"SLURM_STEP_NODELIST": "gpu[07-09,12],cpu1"})
-    other = launch.find_place(SRUN | {"SLURM_STEP_NODELIST": "gpu[07-09,12],cpu1", "SLURM_PROCID": "0"})
-    assert (place.rank, place.world, place.local_rank, place.address) == (5, 8, 1, "gpu07")
-    assert place.port == other.port
-    assert place.port != launch.find_place(SRUN | {"SLURM_JOB_ID": "4712"}).port
-
-
 @pytest.mark.parametrize("stands_alone", [{}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, SRUN | {"SLURM_NTASKS": "1"}])
 def test_no_rank_batch_script_without_srun_and_single_task_stand_alone(stands_alone):
     assert launch.find_place(stands_alone) is None
@@ -140,10 +127,3 @@ def test_one_process_speaks_for_a_run(monkeypatch):
     assert not launch.is_rank_zero()
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert launch.is_rank_zero()
-
-
-@pytest.mark.parametrize(
-    ("nodelist", "first"), [("n1", "n1"), ("a,b[1-2]", "a"), ("n[001-100,200]-ib", "n001-ib"), ("r[1-2]n[3-4],x", "r1n3"), ("a-1,b", "a-1")]
-)
-def test_the_first_host_of_a_nodelist_is_found(nodelist, first):
-    assert launch.first_host(nodelist) == first

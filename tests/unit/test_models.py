@@ -196,6 +196,20 @@ def test_a_short_sequence_gets_the_logits_it_has_at_the_start_of_a_long_one(mode
 # ---- loss ------------------------------------------------------------------------------------------------------------------------------
 
 
+@every_gpt
+def test_packed_documents_get_the_logits_and_the_loss_they_have_alone(model: Model) -> None:
+    whole, together = models.build(model, seed=1).double(), batch(model, size=2)
+    lengths = torch.tensor([5, 1, 8, 3])
+    together["documents"] = torch.repeat_interleave(torch.arange(4), lengths).expand(2, -1)
+    packed = logits(whole, together)
+    parts = together["ids"].split(lengths.tolist(), dim=1)
+    alone = [logits(whole, {"ids": part}) for part in parts]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-12, atol=1e-12)
+    together["weights"] = together["weights"].double()
+    pieces = ({name: together[name].split(lengths.tolist(), dim=1)[n] for name in ("ids", "labels", "weights")} for n in range(4))
+    torch.testing.assert_close(whole(together), torch.stack([whole(piece) for piece in pieces]).sum(0))
+
+
 def test_weights_of_one_over_the_count_make_the_loss_a_mean() -> None:
     draw = torch.Generator().manual_seed(0)
     scores, labels = torch.randn((3, 5, 11), generator=draw), torch.randint(0, 11, (3, 5), generator=draw)

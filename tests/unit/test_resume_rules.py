@@ -153,6 +153,7 @@ PINNED = [
     ({"data": {"whole_word": True}}, "data.whole_word = False, this run has = True"),
     ({"data": {"mask_fraction": 0.2}}, "data.mask_fraction = 0.15, this run has = 0.2"),
     ({"task": {"kind": "lm", "start": "a", "train": ["b"]}}, "task = None, this run has = kind='lm'"),
+    ({"data": {"document_mask": True}}, "data.document_mask = False, this run has = True"),
 ]
 
 

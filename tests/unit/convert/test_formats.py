@@ -32,6 +32,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from megalite.checkpoint import store
@@ -72,11 +73,15 @@ MODELS = {
     "gpt2, mlp left out": lambda: _gpt2(n_inner=None),
     "llama": _llama,
     "llama, tied, one key head": lambda: _llama(tie_word_embeddings=True, num_key_value_heads=1),
+    "llama, dropout": lambda: _llama(attention_dropout=0.2),
     "llama, biases": lambda: _llama(attention_bias=True, mlp_bias=True),
     "mistral": lambda: _llama(MistralConfig, MistralForCausalLM, sliding_window=None),
     "mistral, a window": lambda: _llama(MistralConfig, MistralForCausalLM, sliding_window=32, head_dim=6),
+    "qwen2": lambda: _llama(Qwen2Config, Qwen2ForCausalLM),
+    "qwen2, tied": lambda: _llama(Qwen2Config, Qwen2ForCausalLM, tie_word_embeddings=True, num_key_value_heads=1),
     "bert": _bert,
 }
+RATES = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 
 
@@ -136,6 +141,8 @@ def test_a_model_comes_in_computes_the_same_and_goes_out_bit_for_bit(make: Any, 
     again = (AutoModelForPreTraining if "bert" in str(type(theirs)).lower() else AutoModelForCausalLM).from_pretrained(tmp_path / "back")
     for ours, wanted in zip(_logits(again.eval(), ids), expected, strict=True):
         assert torch.equal(ours, wanted)
+    for rate in RATES:
+        assert getattr(again.config, rate, None) == getattr(theirs.config, rate, None), rate
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -231,7 +238,7 @@ REFUSED = {
         "llama: head_dim = 32, but megalite's model has",
     ),
     "half the biases": (lambda: LlamaConfig(attention_bias=True), "llama: mlp_bias = False, but megalite's model has True"),
-    "biases of query, key and value alone": (lambda: Qwen2Config(), "is a qwen2, which megalite's models cannot be"),
+    "two rates of dropout": (lambda: GPT2Config(embd_pdrop=0.2), "gpt2: embd_pdrop = 0.2, but megalite's model has 0.1"),
     "another activation": (lambda: BertConfig(hidden_act="relu"), "bert: hidden_act = 'relu', but megalite's model has 'gelu'"),
     "other segments": (lambda: BertConfig(type_vocab_size=1), "bert: type_vocab_size = 1"),
 }

@@ -43,3 +43,20 @@ def test_an_id_beyond_the_vocabulary_is_refused(shard):
         UserError, match=r"holds token id 100, the vocabulary has 100; set data.tokenizer to the tokenizer of the shard, or raise"
     ):
         windows.sample(9, 0)
+
+
+def test_a_document_mask_cuts_after_every_end_of_text_and_predicts_nothing_from_it(tmp_path):
+    with Writer(tmp_path / "ends", vocab_size=50) as writer:
+        for document in ([5, 6, 7, 0], [0], [8, 9, 0], [10, 11, 12, 0]):
+            writer.add(np.array(document))
+    windows = Causal(Shard(tmp_path / "ends"), sequence=10, vocab_size=50, eos=0)
+    sample = windows.sample(0, epoch=0)
+    assert sample["ids"].tolist() == [5, 6, 7, 0, 0, 8, 9, 0, 10, 11]
+    assert sample["documents"].tolist() == [0, 0, 0, 0, 1, 2, 2, 2, 3, 3]
+    assert sample["labels"].tolist() == [6, 7, 0, -100, -100, 9, 0, -100, 11, 12]
+    assert {value.dtype for value in sample.values()} == {np.dtype(np.int64)}
+
+
+def test_a_document_mask_needs_documents_that_end_with_the_token(shard):
+    with pytest.raises(UserError, match=r"end-of-text token 7, but the first document of .*count ends with \[39\]; prepare it again"):
+        Causal(shard, sequence=10, vocab_size=200, eos=7)

@@ -232,6 +232,16 @@ def test_shards_of_megatron_take_the_tokenizer_that_is_given(shards):
             {"family": "bert", "vocab": 900},
             r"bert needs the tokenizer of S/megatron_text_document to mask",
         ),
+        (
+            {"train": ("S/megatron_text_document",), "document_mask": True},
+            {"vocab": 900},
+            r"document_mask needs the end-of-text token of S/megatron_text_document, which names no tokenizer; set data.tokenizer",
+        ),
+        (
+            {"train": ("S/bert",), "document_mask": True},
+            {},
+            r"document_mask needs an end-of-text token, but the tokenizer of S/bert.train has only cls, mask, pad, sep",
+        ),
     ],
 )
 def test_data_that_does_not_fit_is_refused(shards, data, model, message, monkeypatch):
@@ -240,6 +250,16 @@ def test_data_that_does_not_fit_is_refused(shards, data, model, message, monkeyp
     (shards.parent / "S").symlink_to(shards)
     with pytest.raises(UserError, match=message):
         open_train(Data(**data), model=Model(**{"sequence": 32, **model}), seed=1)
+
+
+def test_a_document_mask_comes_with_prepared_text(shards):
+    opened = open_train(Data(train=(f"{shards}/gpt",), document_mask=True), model=GPT, seed=1)
+    ends = opened.tokenizer.special["eos"]
+    samples = [opened.source.sample(number) for number in range(300)]
+    assert any(sample["documents"][-1] for sample in samples)
+    for sample in samples:
+        assert (sample["labels"] == -100).tolist() == (sample["ids"] == ends).tolist()
+        assert sample["documents"][1:].tolist() == np.cumsum(sample["ids"][:-1] == ends).tolist()
 
 
 def test_a_validation_shard_with_another_tokenizer_is_refused(shards):

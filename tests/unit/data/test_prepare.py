@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -122,6 +124,49 @@ def test_a_run_that_dies_while_it_names_its_files_is_not_taken_for_whole(corpus,
         Shard(f"{output}.train")
     _, said = run(corpus, output=output, tokenizer=bpe)
     assert "took over" in said
+    assert content(output) == content(once)
+
+
+def _die_at(moment: int) -> None:
+    """Kill this process by SIGKILL at so many a sync, rename or removal of a file."""
+    left = iter(range(moment - 1))
+
+    def before(plain: Any) -> Any:
+        def called(*arguments: Any, **settings: Any) -> Any:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*arguments, **settings)
+
+        return called
+
+    os.fsync = before(os.fsync)
+    for name in ("replace", "rename", "unlink"):
+        setattr(Path, name, before(getattr(Path, name)))
+
+
+def test_killed_at_any_moment_of_writing_the_shards_they_are_whole_or_said_to_be_unfinished(corpus, bpe, once, tmp_path):
+    """Over older shards of another seed: their index, the new one, the tokenizer and the manifest change places one after the other."""
+    output, moment, killed = tmp_path / "corpus", 0, True
+    run(corpus, output=output, tokenizer=bpe, seed=1)
+    before = content(output)
+    while killed:
+        moment += 1
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                _die_at(moment)
+                run(corpus, output=output, tokenizer=bpe)
+                os._exit(0)
+            os._exit(1)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        try:
+            Shard(f"{output}.train")
+            named = {name: data for name, data in content(output).items() if not name.endswith(".tmp")}
+            manifest = Manifest.find(str(output))
+            assert named == (before if manifest and manifest.settings["seed"] == 1 else content(once))
+        except UserError as error:
+            assert killed and "was not finished; run the same `megalite prepare` again" in str(error)
+    assert moment > 15
     assert content(output) == content(once)
 
 

@@ -46,6 +46,17 @@ def test_a_row_counts_what_is_seen(backward: bool, monkeypatch: pytest.MonkeyPat
     assert row.flops == 4 * 2 * 32 * 64 * (32 * 33 // 2) * (2.5 if backward else 1)
 
 
+def test_a_row_of_the_loss_counts_three_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda way: way)
+    row = bench.loss(8, 64, 16, device=CPU)
+    assert set(row.seconds) == {"ours", "eager", "compiled"} and row.flops == 6 * 8 * 64 * 16 and not row.memory
+
+
+def test_memory_stands_beside_the_rate() -> None:
+    row = bench.Row("loss", 1e12, {"ours": 0.5, "eager": 0.25}, {"ours": 500_000_000, "eager": 12 * 10**9})
+    assert bench.table([row]).splitlines()[-1] == "| loss | 2 (0.50 GB) | 4 (12.00 GB) | 0.50 |"
+
+
 def test_the_table_is_ours_over_the_best_peer() -> None:
     row = bench.Row("forward", 1e12, {"ours": 0.5, "cudnn": 0.25, "flash": 1.0})
     assert row.ratio() == 0.5

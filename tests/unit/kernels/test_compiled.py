@@ -35,6 +35,13 @@ def test_an_entry_compiles_to_clean_machine_code(entry: tuple[str, object]) -> N
     assert not _faults(entry[0])[entry]
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", ["measure", "differentiate"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_kernels_over_rows_compile_to_clean_machine_code(kernel: str, arch: str, dtype: str) -> None:
+    assert not compiled.inspect_rows(kernel, arch, dtype=dtype).faults(products=False)
+
+
 def test_the_tables_are_whole() -> None:
     assert ARCHS == ["sm80", "sm90", "sm100", "gfx942"]
     for arch in read_tables():

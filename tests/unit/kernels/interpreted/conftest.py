@@ -24,6 +24,28 @@ def few_threads() -> None:
     torch.set_num_threads(1)  # the tensors are small; threads only wait for each other
 
 
+@pytest.fixture(autouse=True)
+def one_patch_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter (3.7.1) puts itself into triton.language at every call of a device function; once a launch and module will do."""
+    from triton.runtime import interpreter
+
+    patched: set[int] = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def start(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self.fn.__globals__) not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(id(self.fn.__globals__))
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", start)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
 @pytest.fixture
 def descriptor_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter (3.7.1) knows no sum into a descriptor's tile; it runs one program after another, so reading and writing will do."""

@@ -33,17 +33,17 @@ def _causal(rows: int, keys: int) -> Tensor:
     "features", [c for n in (1, 2, 4) for c in itertools.combinations(("softcap", "sink", "dropout", "dlse"), n)], ids="+".join
 )
 def test_features_and_their_gradients(features: tuple[str, ...], causal: bool, deterministic: bool) -> None:
-    inputs = _inputs(70, 70, 4, 2, 32)
+    inputs = _inputs(70, 70, 2, 1, 32)
     mask = _causal(70, 70) if causal else torch.ones(2, 70, 70, dtype=torch.bool)
     options: dict[str, Any] = {"scale": 0.3}
     if "softcap" in features:
         options["softcap"] = 1.5
     if "sink" in features:
-        inputs.append(torch.tensor([0.5, -1.0, 2.0, 0.0]))
+        inputs.append(torch.tensor([0.5, -1.0]))
     given = dict(options)
     if "dropout" in features:
         torch.manual_seed(7)
-        options["keep"] = kept(draw_seed(torch.device("cpu")), shape=(2, 4, 70, 70), dropout_p=0.3) / 0.7
+        options["keep"] = kept(draw_seed(torch.device("cpu")), shape=(2, 2, 70, 70), dropout_p=0.3) / 0.7
         given["dropout_p"] = 0.3
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, *sink: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,8 +118,8 @@ def test_tiles_loaded_by_descriptor_give_the_same_bits(layout: str, spans: bool,
 @pytest.mark.parametrize("rows, keys", [(16, 16), (16, 64), (64, 16), (128, 32), (32, 128)])
 def test_no_result_hangs_on_the_tile(rows: int, keys: int) -> None:
     torch.manual_seed(rows)
-    q, k, v, dout = (torch.randn(1, 150, h, 32) for h in (2, 1, 1, 2))
-    mask = packed_spans(torch.tensor([3, 60, 140]), tokens=150, causal=True)
+    q, k, v, dout = (torch.randn(1, 135, h, 32) for h in (2, 1, 1, 2))
+    mask = packed_spans(torch.tensor([3, 60, 130]), tokens=135, causal=True)
     x = launch.Operands(q, k, v, mask, rng=draw_seed(q.device))
     answers = []
     for tile in (Tile(64, 64, 4, 1), Tile(rows, keys, 4, 1)):

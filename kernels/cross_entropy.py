@@ -1,0 +1,197 @@
+"""Linear map to a vocabulary and cross-entropy in one, without the logits: they are made a piece of the vocabulary at a time, used, and
+made again in the backward pass.
+
+What a token's loss needs of its v logits is three numbers, its *statistics*: their log-sum-exp, the logit of the label, and their sum.
+Those of two pieces of the vocabulary combine into those of both, whether the pieces are made one after another or lie on several ranks. The
+matrix products are PyTorch's; what is done to a piece in between is one Triton kernel (rows.py), or PyTorch where there is no GPU for it.
+
+Pieces of the vocabulary and not of the tokens: so each piece of the weight's gradient is one product, and nothing is summed over pieces
+in low precision but the input's gradient, n x d in fp32. Made again and not kept from the forward pass (Hsu et al. 2024, arXiv:2410.10989,
+keep the gradient of the whole weight instead): a pipeline has many microbatches in flight, each of which would hold one.
+
+Shapes: n tokens, d width, v vocabulary (or this rank's part of it).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from .attention import DTYPES, why_not_triton
+
+LSE, OWN, TOTAL = range(3)
+IGNORED = -100
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = IGNORED,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    pieces: int = 8,
+) -> Tensor:
+    """Losses (n,), fp32, of x (n, d) under logits x weight^T + bias; weight (v, d), bias (v,), labels (n,) int64.
+
+    label_smoothing e: the target is 1 - e of the label and e of all words evenly (Szegedy et al. 2016). z_loss c: plus c lse^2, which keeps
+    logits small (Chowdhery et al. 2022, arXiv:2204.02311). A label that is ignore_index has loss 0. `pieces`: 1 / pieces of the logits are
+    in memory at a time. ValueError for input that cannot be computed.
+    """
+    if not 0 <= label_smoothing < 1 or not 0 <= z_loss < float("inf"):
+        raise ValueError(f"label_smoothing = {label_smoothing}, z_loss = {z_loss}; give a share from 0 to 1, and a number from 0 on")
+    statistics = linear_statistics(x, weight, bias, labels, pieces=pieces)
+    lse, own, total = statistics.unbind()
+    smooth = label_smoothing / len(weight)
+    losses = lse - (1 - label_smoothing) * own - smooth * total + z_loss * lse.square()
+    return losses.masked_fill(labels == ignore_index, 0.0)
+
+
+def linear_statistics(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    first: int = 0,
+    pieces: int = 8,
+    impl: Literal["auto", "triton", "reference"] = "auto",
+) -> Tensor:
+    """(3, n) fp32: log-sum-exp, logit of the label, sum, over the words [first, first + v) that `weight` (v, d) holds; it has gradients.
+
+    A label outside of them has the logit 0 here: another rank has it. impl: auto is Triton where it runs and PyTorch elsewhere.
+    Under autocast, x, weight and bias are cast to its dtype.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or labels.shape != x.shape[:1]:
+        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: give (n, d), (v, d) and (n,)")
+    if x.dtype != weight.dtype or x.dtype not in (*DTYPES, torch.float64) or labels.dtype != torch.int64:
+        raise ValueError(f"x is {x.dtype}, weight {weight.dtype}, labels {labels.dtype}; give one floating dtype, and int64 labels")
+    if not 1 <= pieces <= len(weight):
+        raise ValueError(f"pieces = {pieces} of {len(weight)} words; give 1 to {len(weight)}")
+    if impl not in ("auto", "triton", "reference"):
+        raise ValueError(f"impl = {impl!r} is unknown; choose auto, triton or reference")
+    reason = _why_not(x) if impl == "auto" else why_not_triton(x) if impl == "triton" else "reference"
+    if impl == "triton" and reason:
+        raise ValueError(f"impl = triton, but {reason}; use impl = auto or reference")
+    return torch.ops.megalite.linear_statistics(x, weight, bias, labels.contiguous(), first, pieces, reason is None)
+
+
+def _why_not(x: Tensor) -> str | None:
+    from .selftest import why_not_rows
+
+    return why_not_rows(x) if x.is_cuda else "no GPU"
+
+
+def _cuts(v: int, pieces: int) -> list[tuple[int, int]]:
+    return list(pairwise(v * number // pieces for number in range(pieces + 1)))
+
+
+def _measure(logits: Tensor, labels: Tensor, first: int, fused: bool) -> Tensor:
+    if fused:
+        from . import rows
+
+        return rows.run_measure(logits, labels, first)
+    exact = logits.to(_exact(logits.dtype))
+    local = labels - first
+    here = (local >= 0) & (local < logits.shape[1])
+    own = exact.gather(1, local.where(here, 0)[:, None])[:, 0] * here
+    return torch.stack([exact.logsumexp(1), own, exact.sum(1)])
+
+
+def _differentiate(logits: Tensor, labels: Tensor, statistics: Tensor, given: Tensor, first: int, fused: bool) -> Tensor:
+    """The gradient of the logits, which it may overwrite."""
+    if fused:
+        from . import rows
+
+        return rows.run_differentiate(logits, labels, statistics, given, first)
+    gradient = logits.to(_exact(logits.dtype)).sub(statistics[LSE, :, None]).exp_().mul_(given[LSE, :, None]).add_(given[TOTAL, :, None])
+    local = labels - first
+    here = (local >= 0) & (local < logits.shape[1])
+    gradient.scatter_add_(1, local.where(here, 0)[:, None], (given[OWN] * here)[:, None])
+    return gradient.to(logits.dtype)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
+    return F.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
+
+
+@torch.library.custom_op("megalite::linear_statistics", mutates_args=())
+def _statistics(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, first: int, pieces: int, fused: bool) -> Tensor:
+    found = None
+    for start, stop in _cuts(len(weight), pieces):
+        piece = _measure(_logits(x, weight, bias, start, stop), labels, first + start, fused)
+        if found is None:
+            found = piece
+        else:
+            found[LSE] = torch.logaddexp(found[LSE], piece[LSE])
+            found[OWN:] += piece[OWN:]
+    assert found is not None
+    return found
+
+
+@_statistics.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((3, len(x)), dtype=_exact(x.dtype))
+
+
+@torch.library.custom_op("megalite::linear_statistics_backward", mutates_args=())
+def _backward(
+    given: Tensor, statistics: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, numbers: list[int]
+) -> list[Tensor]:
+    """Gradients of x, weight and, where there is one, bias. numbers: first, pieces, fused."""
+    first, pieces, fused = numbers
+    dx = torch.zeros(x.shape, dtype=_exact(x.dtype), device=x.device)
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    for start, stop in _cuts(len(weight), pieces):
+        gradient = _differentiate(_logits(x, weight, bias, start, stop), labels, statistics, given, first + start, bool(fused))
+        torch.mm(gradient.T, x, out=dweight[start:stop])
+        if dbias is not None:
+            dbias[start:stop] = gradient.sum(0)
+        dx += gradient @ weight[start:stop]
+    return [dx.to(x.dtype), dweight, *([] if dbias is None else [dbias])]
+
+
+@_backward.register_fake
+def _(given: Tensor, statistics: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> list[Tensor]:
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, weight, bias) if t is not None]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, labels, *ctx.numbers = inputs
+    ctx.save_for_backward(output, x, weight, bias, labels)
+
+
+def _go_back(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+    statistics, x, weight, bias, labels = ctx.saved_tensors
+    numbers = [int(number) for number in ctx.numbers]
+    dx, dweight, *dbias = torch.ops.megalite.linear_statistics_backward(given.contiguous(), statistics, x, weight, bias, labels, numbers)
+    return dx, dweight, dbias[0] if dbias else None, None, None, None, None
+
+
+_statistics.register_autograd(_go_back, setup_context=_remember)
+
+
+@register_flop_formula(torch.ops.megalite.linear_statistics)
+def _flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * x_shape[0] * x_shape[1] * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.megalite.linear_statistics_backward)
+def _backward_flops(given_shape: Any, statistics_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    """The logits again, and two products."""
+    return 6 * x_shape[0] * x_shape[1] * weight_shape[0]

@@ -1,0 +1,161 @@
+"""Dry run: the real models, our parallel layers and the real DeepSpeed engine, for one rank of any world, without memory and without a GPU.
+
+In: a run config, its DeepSpeed document, a rank.  Out: what that rank would hold at most while it is built and in a step (and which lines
+of code own it), the FLOPs it computes and every collective it calls. Fake tensors have shapes and no data (parallel/pretend.py); the books
+are those of a real run (ledger.py), and a test compares them with real ranks, byte for byte.
+
+On the fake GPU, attention keeps what our kernels keep (kernels/attention.py): queries, keys, values, the result, and one number a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from megalite import launch
+from megalite.config import Config
+from megalite.tune.ledger import Ledger
+from megalite.tune.parity import batch_of, microbatches
+
+STEPS = 3  # ZeRO-3 records what it needs in the first step and fetches ahead from the next one on
+
+
+@dataclass
+class Trace:
+    """The books of one rank, in bytes by kind of device: cpu, or fakegpu and cpu beside it."""
+
+    rank: int
+    start_up: Counter[str] = field(default_factory=Counter)  # peak while the engine is built
+    peak: Counter[str] = field(default_factory=Counter)  # of the steps
+    steady: Counter[str] = field(default_factory=Counter)  # between two steps
+    owners: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # of the peak, the largest first
+    flops: int = 0  # of the last step
+    sent: list[tuple[str, int, int]] = field(default_factory=list)  # collectives of the last step: kind, ranks, bytes
+
+
+def trace(config: Config, document: dict[str, Any], *, rank: int, gpu: bool = True, owners: bool = True) -> Trace:
+    """Of one rank of config.mesh, in a process of its own."""
+    work = functools.partial(_pretend, config=config, document=document, rank=rank, gpu=gpu, owners=owners)
+    warm = () if gpu else ("megalite.engine",)  # with the fake GPU, DeepSpeed must not be imported before there is one
+    return launch.run_ranks(1, work, warm=warm)[0]
+
+
+def _pretend(_: int, *, config: Config, document: dict[str, Any], rank: int, gpu: bool, owners: bool) -> Trace:
+    from megalite.parallel import pretend
+
+    device = pretend.join(rank, config.mesh.world, gpu=gpu)
+    if gpu:
+        _keep_as_kernels_do()
+    mesh = _mesh(config, device)
+    with pretend.pretending():
+        return walk(config, document, mesh=mesh, owners=owners)
+
+
+def real(rank: int, *, config: Config, document: dict[str, Any]) -> Trace:
+    """The same books of a rank that is really there, whose collectives are over when they were waited for."""
+    from megalite.parallel import pretend
+
+    pretend.agree_with_nobody()
+    pretend.let_go_when_waited_for()
+    return walk(config, document, mesh=_mesh(config, torch.device("cpu")), owners=False)
+
+
+def _mesh(config: Config, device: torch.device) -> Any:
+    from megalite.mesh import Mesh
+
+    return Mesh.start(**config.mesh.degrees, device=device)
+
+
+def walk(config: Config, document: dict[str, Any], *, mesh: Any, owners: bool) -> Trace:
+    """Build the engine and take a few steps, with the books open."""
+    from megalite.engine import Engine
+
+    found = Trace(mesh.rank)
+    with Ledger(owners=owners) as ledger:
+        engine = Engine(config, mesh, document=document)
+        found.start_up = Counter(ledger.peak)
+        for step in range(STEPS):
+            mine = microbatches(batch_of(config, step), config, dp=mesh.dp, dp_rank=mesh.dp_rank)
+            ledger.flops, ledger.sent = 0, []
+            if step:
+                ledger.restart()
+            engine.step(step, mine)
+            del mine
+            for device, size in ledger.peak.items():
+                if size > found.peak[device]:
+                    found.peak[device] = size
+                    found.owners[device] = ledger.owned_at_peak.get(device, Counter()).most_common()
+        found.steady, found.flops = Counter(ledger.alive), ledger.flops
+        found.sent = [(sent.kind, sent.ranks, sent.size) for sent in ledger.sent]
+    return found
+
+
+def _keep_as_kernels_do() -> None:
+    layers = importlib.import_module("megalite.models.layers")  # `megalite.models.layers` is a function too
+    layers.attend = _attend  # type: ignore[attr-defined]
+    functional.rms_norm = _rms_norm
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+    if settings.get("drop") is not None:
+        from megalite.models import attention
+
+        return attention.attend(q, k, v, **settings)
+    return _Attention.apply(q, k, v)  # type: ignore[return-value]
+
+
+def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """One operation, as on CUDA; elsewhere PyTorch takes it apart and keeps more."""
+    return _RmsNorm.apply(x, weight)  # type: ignore[return-value]
+
+
+def _count(q: Tensor, k: Tensor, products: int) -> None:
+    """Enter products of s x s scores into the open books; attention counts all of them (models/counts.py)."""
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, Ledger):
+            b, rows, h, width = q.shape
+            mode.flops += products * 2 * b * h * rows * k.shape[1] * width
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Shapes alone: keeps its input and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        ctx.save_for_backward(x, weight, rows)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class _Attention(torch.autograd.Function):
+    """Shapes alone: (b, s, h, k) -> (b, s, h, k), and the logarithm of each row's sum in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _count(q, k, 2)
+        mixed = q.new_empty(q.shape)
+        rows = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, mixed, rows)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, _, rows = ctx.saved_tensors
+        _count(q, k, 5)
+        dots = torch.empty_like(rows)  # of each row with its gradient
+        found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        del dots
+        return found

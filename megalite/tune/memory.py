@@ -1,0 +1,216 @@
+"""How much memory a rank needs at its fullest, as a waterfall: what lies there for the whole run, and what comes and goes.
+
+In: a shape, layouts with their stage splits, a runtime.  Out: bytes by part, of the fullest rank of each layout, and what the host holds.
+The account is that of our engine: DeepSpeed's flat buffers and buckets (parallel/zero.py), the tensors that autograd keeps for each block
+(models/layers.py), one set a microbatch in flight. A step has three moments that can be its fullest, and building the engine one:
+
+    turn      all activations are there and the head goes back: logits in fp32, their gradient beside them
+    deep      the first block that goes back, with its gradients and buckets
+    update    activations are gone, the optimizer needs room for its arithmetic
+
+Other runtimes differ in `Account` (bytes a parameter) and in fitted factors. ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054; activations:
+counted as Korthikanti et al. 2022, arXiv:2205.05198, section 4, for fused attention and this house's blocks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megalite.tune.layouts import RECOMPUTE, Array, Layouts
+from megalite.tune.runtime import Runtime
+from megalite.tune.shape import Number, Shape, ceil
+from megalite.tune.splits import Split
+
+PARTS = ("weights", "gathered", "optimizer", "gradients", "buckets", "activations", "working", "batch", "runtime")
+MOMENTS = ("start-up", "turn", "deep", "update")
+FULL, SELECTIVE = RECOMPUTE.index("full"), RECOMPUTE.index("selective")
+
+
+def waterfall(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> dict[str, Array]:
+    """Bytes by the names of PARTS at the fullest moment of the fullest rank; their sum is the peak. `moment` indexes MOMENTS, `rank` the
+    split."""
+    wide = _Wide(shape, layouts, split, runtime)
+    moments = [wide.start_up(), wide.turn(), wide.deep(), wide.update()]
+    totals = np.stack([sum(parts.values()) for parts in moments])  # (moments, n, kinds)
+    highest = totals.max(axis=0)
+    rank = highest.argmax(axis=1)
+    rows = np.arange(len(layouts))
+    moment = totals[:, rows, rank].argmax(axis=0)
+    found = {name: np.choose(moment, [_of_rank(parts[name], rows, rank) for parts in moments]) for name in PARTS}
+    return {**found, "moment": moment, "rank": rank}
+
+
+def _of_rank(values: Array, rows: Array, rank: Array) -> Array:
+    return values[:, 0] if values.shape[1] == 1 else values[rows, rank]
+
+
+def peak(parts: dict[str, Array]) -> Array:
+    return sum(parts[name] for name in PARTS)  # type: ignore[return-value]
+
+
+def host(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Array:
+    """Bytes of host memory a rank needs: what is offloaded, and while building one layer of the model in fp32."""
+    wide = _Wide(shape, layouts, split, runtime)
+    own = wide.own.max(axis=1)
+    offloaded = np.where(layouts.offload >= 1, 16.0 * own, 0.0) + np.where(layouts.offload == 2, runtime.width * own, 0.0)
+    layer = 4.0 * np.maximum(shape.block_cut(1) + shape.block_whole, shape.vocab_weight())
+    return offloaded + 2 * layer
+
+
+def in_flight(layouts: Layouts, place: Array) -> Array:
+    """Microbatches (of one chunk of layers each) whose activations a rank holds at once, (n, kinds); place: of the rank in its pipeline."""
+    m, pp, v = (column[:, None] for column in (layouts.microbatches, layouts.pp, layouts.chunks))
+    kind = layouts.schedule[:, None]
+    one = np.minimum(m, pp - place)
+    all_of_them = m * v
+    rounds = np.maximum(1, m // pp)
+    group = m // rounds  # microbatches that a chunk takes in turn
+    warm = np.minimum((v - 1) * group + 2 * (pp - place - 1) + 1, all_of_them)
+    return np.select([kind == 0, kind == 2], [one, warm], all_of_them)
+
+
+def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array, Array]:
+    """Bytes that autograd keeps of one block for one microbatch, and what it would keep without recomputation."""
+    t, w, c = layouts.tp, runtime.width, runtime.memory
+    tokens = layouts.micro * shape.sequence / layouts.cp
+    d, f, k = shape.width, ceil(shape.mlp, t), shape.head_width
+    share = np.where(layouts.split_sequence == 1, t, 1)
+    columns, keys = shape.columns(t), ceil(shape.kv_heads, t) * k
+    mixed = ceil(shape.heads, t) * k
+    rotated = np.where(shape.rope, columns - keys, 0)
+    exchanged = np.where(layouts.cp > 1, columns + mixed, 0)
+    activation = np.where(shape.gated, 4, 2) * f
+    turned = np.where(shape.rope, 8.0 * shape.sequence * k, 0.0)  # cosines and sines, for queries and for keys
+    rows = 4.0 * ceil(shape.heads, t) + 4 * 4.0 / share  # one number a row of attention, two a norm
+    narrow = 4.0 * d / share + c.uncut * d + columns + rotated + mixed + exchanged
+    whole = tokens * (w * (c.linear * narrow + c.widening * activation) + rows) + turned
+    if not runtime.flash:
+        heads = ceil(shape.heads, t) * layouts.micro * 1.0 * shape.sequence**2
+        whole = whole + heads * (2 * w + 1)  # scores before and after dropout, and its mask
+    sums = np.where(t > 1, 2, 1)  # a product before it is summed over ranks, and the sum
+    dear = tokens * w * (d / share + columns + sums * 2.0 * d / share + shape.ups * f)
+    entry = tokens * w * d / share
+    kept = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [entry + 0 * whole, dear], whole)
+    return kept, whole
+
+
+class _Wide:
+    """The account of every kind of rank of every layout, (n, kinds)."""
+
+    def __init__(self, shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> None:
+        self.shape, self.layouts, self.split, self.runtime = shape, layouts, split, runtime
+        t = layouts.tp
+        self.vocabulary_weight = _column(shape.vocab_weight(t))
+        self.block = np.asarray(shape.block_cut(t) + shape.block_whole, dtype=float)
+        ends = split.embed * _column(shape.embed_cut(t) + shape.embed_whole) + split.head * _column(shape.head_cut(t) + shape.head_whole)
+        shared = split.embed * split.head * _column(np.where(shape.tied, shape.vocab_weight(t), 0))
+        self.parameters = split.blocks * self.block[:, None] + ends - shared
+        self.shards = layouts.shards[:, None].astype(float)
+        self.own = self.parameters / self.shards
+        self.stage, self.offload = layouts.stage[:, None], layouts.offload[:, None]
+        tokens = layouts.micro * shape.sequence / layouts.cp
+        self.tokens = tokens[:, None]
+        kept, whole = block_kept(shape, layouts, runtime)
+        flying = in_flight(layouts, split.place)
+        sizes = np.where(layouts.chunks[:, None] > 1, split.blocks / layouts.chunks[:, None], split.blocks)
+        hidden = tokens * np.asarray(shape.width) / np.where(layouts.split_sequence == 1, t, 1) * runtime.width
+        self.hidden = hidden[:, None]
+        vocabulary = split.head * (tokens * ceil(shape.vocab, t))[:, None]
+        ours = runtime.name == "megalite"
+        head = np.minimum(flying, layouts.microbatches[:, None]) * (split.head * self.hidden + 4.0 * vocabulary * ours)
+        # a stage keeps what it puts out, too; the head, its norm's result
+        self.activations = flying * (sizes * kept[:, None] + self.hidden) + head
+        self.again = np.where(layouts.recompute[:, None] > 0, (whole - kept)[:, None], 0.0) * (split.blocks > 0)
+        self.logits = vocabulary
+        self.passing = runtime.memory.passing * (tokens * np.asarray(shape.width) * runtime.width)[:, None]
+        self.received = np.where((layouts.pp > 1)[:, None] | (split.head == 0), self.hidden, 0.0)  # a gradient on its way
+        wide = np.where(shape.gated, 2, 1) * ceil(shape.mlp, t)
+        self.summed = 4.0 * (np.asarray(shape.width) * wide)[:, None] * ours  # the largest gradient on its way into its sum
+        self.going = runtime.width * (tokens * wide + np.asarray(shape.width) * ceil(shape.mlp, t))[:, None] + 2 * self.hidden
+
+    def persistent(self) -> dict[str, Array]:
+        """What lies there all the time."""
+        r, w = self.runtime, self.runtime.width
+        three = self.stage == 3
+        weights = np.where(three, np.where(self.offload == 2, 0.0, w * self.own), w * self.parameters)
+        states = np.where(self.offload >= 1, 0.0, r.state_bytes * self.own)
+        if r.name == "megalite":
+            # the largest gradient, from where it leaves for the host
+            landing = w * np.maximum((self.split.embed + self.split.head > 0) * self.vocabulary_weight, self.summed / 4.0)
+            resident = np.where(three, 4.0 * self.own * (self.offload == 0), landing * (self.offload >= 1))
+        else:
+            resident = r.memory.gradient * 4.0 * self._summed()
+        context = np.full_like(self.own, r.memory.context)
+        batch = np.broadcast_to((self.layouts.microbatches * self.layouts.micro * self.shape.sequence)[:, None] * 36.0, self.own.shape)
+        return {"weights": weights, "optimizer": states, "gradients": resident, "runtime": context, "batch": batch * (r.name == "megalite")}
+
+    def _summed(self) -> Array:
+        """Elements of the gradients' sums on a rank."""
+        sharded = self.stage >= (2 if self.runtime.name != "fsdp" else 1)
+        return np.where(sharded, self.own, self.parameters)
+
+    def _blank(self) -> dict[str, Array]:
+        return {**dict.fromkeys(PARTS, np.zeros_like(self.own)), **self.persistent()}
+
+    def _gathered(self, *, turn: bool) -> Array:
+        """Weights that ZeRO-3 holds beside its shard: what is needed again within the limit, there and back, and the module at work."""
+        half, module = self.layouts.live[:, None] / 2, self.block[:, None] / 2
+        head = self.split.head * self.vocabulary_weight
+        most = np.maximum(half, np.where(head > 0, head, module)) if turn else half + module
+        return np.where(self.stage == 3, self.runtime.width * np.minimum(self.parameters, most), 0.0)
+
+    def _buckets(self) -> Array:
+        if self.runtime.name != "megalite":
+            return np.zeros_like(self.own)
+        bucket = self.layouts.bucket[:, None].astype(float)
+        return self.runtime.width * bucket * np.where((self.stage == 2) | (self.stage == 1), 2, 1)  # two where they overlap
+
+    def _accumulated(self) -> Array:
+        """Gradients' sums in fp32 that ZeRO-0 to 2 make anew in every step."""
+        if self.runtime.name != "megalite":
+            return np.zeros_like(self.own)
+        return np.where(self.stage < 3, 4.0 * self.own, 0.0)
+
+    def start_up(self) -> dict[str, Array]:
+        """The engine is built, layer by layer: no more than what stays, but without a batch."""
+        found = self._blank()
+        found["buckets"] = self._buckets() * (self.stage == 3)
+        found["batch"] = np.zeros_like(self.own)
+        return found
+
+    def turn(self) -> dict[str, Array]:
+        found = self._blank()
+        tp, w, c = self.layouts.tp[:, None] > 1, self.runtime.width, self.runtime.memory
+        found["activations"] = self.activations + self.received
+        each = np.where(tp, 4.0 + w, 4.0 * 2) if self.runtime.name == "megalite" else 12.0 + 4.0 * (self.layouts.microbatches > 1)[:, None]
+        found["working"] = self.logits * each * c.logits + self.passing
+        found["gathered"] = self._gathered(turn=False)
+        breadth = np.isin(self.layouts.schedule, (1, 3))  # all forwards first
+        first = ((self.layouts.microbatches > 1) & ~breadth)[:, None]  # sums of the microbatch before are there
+        found["buckets"] = self._buckets() * (self.stage == 3)
+        found["gradients"] = found["gradients"] + self._accumulated() * first
+        return found
+
+    def deep(self) -> dict[str, Array]:
+        found = self._blank()
+        found["activations"] = self.activations + self.received
+        found["working"] = self.passing + self.again + self.going + self.summed * (self.stage < 3)
+        found["gradients"] = found["gradients"] + self.runtime.memory.fresh * self.parameters
+        found["gathered"] = self._gathered(turn=False)
+        found["buckets"] = self._buckets()
+        found["gradients"] = found["gradients"] + self._accumulated()
+        return found
+
+    def update(self) -> dict[str, Array]:
+        found = self._blank()
+        ours = self.runtime.name == "megalite"
+        found["gradients"] = found["gradients"] + self._accumulated()
+        c = self.runtime.memory
+        if not ours:  # DeepSpeed's sums are flat already, and the fused update works in place
+            found["working"] = np.where(self.offload == 0, c.update * self.own + c.exchange * self.parameters, 0.0)
+        found["buckets"] = self._buckets() * (self.stage == 3)
+        return found
+
+
+def _column(value: Number) -> Array:
+    return np.asarray(value, dtype=float)[..., None]

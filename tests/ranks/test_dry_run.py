@@ -1,0 +1,78 @@
+"""The dry run beside real ranks: the same bytes at the peak, the same collectives, the same FLOPs."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+
+from megalite import launch
+from megalite.config import Config
+from megalite.tune.dryrun import real, trace
+
+MESHES = {
+    "dp 2": {"dp": 2},
+    "dp 2 x pp 2": {"dp": 2, "pp": 2},
+    "dp 2 x tp 2": {"dp": 2, "tp": 2},
+    "pp 2 x tp 2": {"dp": 1, "pp": 2, "tp": 2},
+}
+
+
+def _config(mesh: dict[str, int], *, width: int = 32, **train: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"layers": 4, "width": width, "heads": 4, "vocab": 50, "sequence": 16},
+            "mesh": mesh,
+            "train": {"global_batch": 16, "micro_batch": 2, "precision": "bf16", **train},
+        }
+    )
+
+
+def _document(stage: int, *, offload: bool) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 10_000, "stage3_prefetch_bucket_size": 10_000}
+    zero["stage3_param_persistence_threshold"] = 100
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {"zero_optimization": zero}
+
+
+def _compare(mesh: dict[str, int], stage: int, *, offload: bool, **train: Any) -> None:
+    config, document = _config(mesh, **train), _document(stage, offload=offload)
+    there = launch.run_ranks(config.mesh.world, functools.partial(real, config=config, document=document), warm=("megalite.engine",))
+    for rank in {0, config.mesh.world - 1}:
+        pretended = trace(config, document, rank=rank, gpu=False, owners=False)
+        assert pretended.sent == there[rank].sent
+        assert pretended.flops == there[rank].flops > 0
+        assert pretended.start_up == there[rank].start_up
+        assert pretended.peak == there[rank].peak
+
+
+QUICK = [("dp 2 x pp 2", 2, False), ("dp 2 x tp 2", 1, False), ("dp 2", 3, True), ("pp 2 x tp 2", 0, False)]
+ALL = [
+    (mesh, stage, offload)
+    for mesh, stage, offload in itertools.product(MESHES, range(4), (False, True))
+    if (stage or not offload) and (mesh, stage, offload) not in QUICK
+]
+
+
+@pytest.mark.parametrize(("mesh", "stage", "offload"), QUICK)
+def test_a_dry_run_holds_and_sends_what_a_real_rank_does_to_the_byte(mesh: str, stage: int, offload: bool) -> None:
+    _compare(MESHES[mesh], stage, offload=offload)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "stage", "offload"), ALL)
+def test_a_dry_run_is_exact_on_the_whole_matrix(mesh: str, stage: int, offload: bool) -> None:
+    _compare(MESHES[mesh], stage, offload=offload)
+
+
+def test_the_last_stage_keeps_no_received_state_of_microbatches_that_are_done() -> None:
+    """torch keeps every loss with its graph until the step ends; the graph's leaf is a hidden state, and its gradient as large."""
+    few, many = (
+        trace(_config({"dp": 1, "pp": 2}, width=256, global_batch=2 * num), _document(0, offload=False), rank=1, gpu=False, owners=False)
+        for num in (4, 16)
+    )
+    hidden = 2 * 16 * 256 * 2  # bytes of a microbatch's; with its gradient, 12 microbatches more would hold 24 of them
+    assert many.peak["cpu"] - few.peak["cpu"] < 12 * hidden
