@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -26,7 +25,7 @@ from pydantic import (
 )
 
 from megalite.errors import UserError
-from megalite.runfile import merge, read, recipes, suggest
+from megalite.runfile import explain, merge, read, recipes, suggest
 from megalite.task import Task
 from megalite.upkeep import Checkpoint, Log, Section, Watch
 
@@ -293,23 +292,3 @@ def parse(document: dict[str, Any], *, source: str) -> Config:
         return Config.model_validate(document)
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error, Config)}") from None
-
-
-def explain(error: ValidationError, schema: type[BaseModel]) -> str:
-    """Pydantic's findings as one line, unknown keys with the nearest known one."""
-    found = []
-    for detail in error.errors():
-        path = ".".join(str(part) for part in detail["loc"])
-        if detail["type"] == "extra_forbidden":
-            section: Any = schema
-            for part in detail["loc"][:-1]:
-                kind = section.model_fields[part].annotation
-                section = next((each for each in get_args(kind) if hasattr(each, "model_fields")), kind)  # `Section | None`
-            found.append(f"{path} is no setting{suggest(str(detail['loc'][-1]), list(section.model_fields))}")
-        elif isinstance(reason := detail.get("ctx", {}).get("error"), UserError):
-            found.append(str(reason))
-        elif detail["type"] == "missing":
-            found.append(f"{path} is missing")
-        else:
-            found.append(f"{path} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}")
-    return "; ".join(found)

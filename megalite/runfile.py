@@ -1,6 +1,7 @@
 """Run files and recipes as they are written: nested settings, not checked yet.
 
-In: a recipe's name or a path.  Out: a mapping; flags are merged on top of it, and `config.parse` checks what comes of that.
+In: a recipe's name or a path.  Out: a mapping; flags are merged on top of it, and `config.parse` checks what comes of that. `explain` says
+in one line what is wrong with one.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import difflib
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from megalite.errors import UserError
 
@@ -53,6 +55,26 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         elif not isinstance(value, dict):
             merged[key] = value  # else the file has no section there, and `parse` says so
     return merged
+
+
+def explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    """Pydantic's findings as one line, unknown keys with the nearest known one."""
+    found = []
+    for detail in error.errors():
+        path = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            section: Any = schema
+            for part in detail["loc"][:-1]:
+                kind = section.model_fields[part].annotation
+                section = next((each for each in get_args(kind) if hasattr(each, "model_fields")), kind)  # `Section | None`
+            found.append(f"{path} is no setting{suggest(str(detail['loc'][-1]), list(section.model_fields))}")
+        elif isinstance(reason := detail.get("ctx", {}).get("error"), UserError):
+            found.append(str(reason))
+        elif detail["type"] == "missing":
+            found.append(f"{path} is missing")
+        else:
+            found.append(f"{path} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}")
+    return "; ".join(found)
 
 
 def suggest(wrong: str, known: list[str]) -> str:

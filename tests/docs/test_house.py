@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "megalite").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
-LONGER = {"megalite/config.py": 302, "megalite/data/tokenizer.py": 307}  # may shrink, never grow
+LONGER = {"megalite/data/tokenizer.py": 307}  # may shrink, never grow
 DOORS = {
     "deepspeed": {"megalite/parallel/zero.py", "megalite/parallel/mends.py", "megalite/parallel/pretend.py"},
     "torch.distributed.pipelining": {"megalite/parallel/pipeline.py"},
