@@ -1,4 +1,4 @@
-"""Chains: jobs of which each waits until the one before it succeeded: prepare -> train -> export.
+"""Chains: jobs of which each waits until the one before it succeeded: prepare -> train -> evaluate -> export.
 
 In: a YAML list of {verb: "arguments"}.  Out: the jobs' numbers; or a UserError, and none of them queued. A verb can be a link where slurm/
 has a script for it; `train` takes what `megalite submit` takes.
@@ -13,12 +13,13 @@ from pathlib import Path
 import yaml
 
 from megalite.cluster import commands, history, submit
-from megalite.cluster.script import container_variables, render, task_options
+from megalite.cluster.script import container_variables, ranks_options, render, task_options
 from megalite.cluster.settings import Site, scripts
 from megalite.errors import UserError
 
 AFTER = "--dependency=afterok:{}"
 GO = "--kill-on-invalid-dep=yes"  # what can never start leaves the queue
+ON_RANKS = ("finetune", "evaluate")  # the other scripts are one process
 
 
 def read(name: str) -> list[tuple[str, list[str]]]:
@@ -39,10 +40,16 @@ def read(name: str) -> list[tuple[str, list[str]]]:
     return links
 
 
-def task(verb: str, words: list[str], site: Site, *, home: Path) -> submit.Job:
-    """A link that is one process; its script and output go to `home`."""
-    options = task_options(site, name=verb, output=submit.output(home), comment=f"megalite {verb}")
-    text = render(verb, site, options=options, variables=container_variables(site))
+def task(verb: str, words: list[str], site: Site, *, nodes: int, home: Path) -> submit.Job:
+    """A link that does not train a run: ranks on `nodes`, or one process; its script and output go to `home`."""
+    named = {"name": verb, "output": submit.output(home), "comment": f"megalite {verb}"}
+    variables = container_variables(site)
+    if verb in ON_RANKS:
+        options = ranks_options(site, nodes=nodes, **named)
+        variables |= {"MEGALITE_SRUN": " ".join(site.srun)}
+    else:
+        options = task_options(site, **named)
+    text = render(verb, site, options=options, variables=variables)
     return submit.Job(text, verb, tuple(words), home)
 
 

@@ -55,7 +55,7 @@ def submit_chain(batch: Batch, flags: Flags, *, say: Say, read: Callable[[list[s
             merged = {**own, "slurm": {**flags, **own.get("slurm", {})}}
             jobs.append(_training(name, {"nodes": batch.nodes, **merged}, ready=False)[0])
         else:
-            jobs.append(chain.task(verb, words, site, home=home))
+            jobs.append(chain.task(verb, words, site, nodes=batch.nodes, home=home))
     if batch.print:
         for job in jobs:
             job.show(say, *([chain.AFTER.format("THE-JOB-BEFORE"), chain.GO] if job is not jobs[0] else []))

@@ -44,10 +44,18 @@ def site_lines(site: Site, variables: Mapping[str, str]) -> list[str]:
 
 def train_options(site: Site, *, name: str, nodes: int, output: Path | str, comment: str) -> list[str]:
     """#SBATCH options of a job that trains."""
-    least = site.min_nodes or nodes
+    least, most = site.min_nodes or nodes, nodes + site.spares
+    options = ranks_options(site, name=name, nodes=f"{least}-{most}" if least < nodes else most, output=output, comment=comment)
+    if site.spares or least < nodes:
+        options.append("--no-kill")  # a node that fails does not end the job
+    return options
+
+
+def ranks_options(site: Site, *, name: str, nodes: int | str, output: Path | str, comment: str) -> list[str]:
+    """#SBATCH options of a job of ranks, which is told ahead of its time limit."""
     options = [
         f"--job-name={name}",
-        f"--nodes={least}-{nodes + site.spares}" if least < nodes else f"--nodes={nodes + site.spares}",
+        f"--nodes={nodes}",
         f"--ntasks-per-node={site.ranks}",
         *_gpus(site),
         *_given(site),
@@ -63,8 +71,6 @@ def train_options(site: Site, *, name: str, nodes: int, output: Path | str, comm
         options.append("--exclusive")
     if memory := site.memory or ("0" if site.exclusive else None):
         options.append(f"--mem={memory}")
-    if site.spares or least < nodes:
-        options.append("--no-kill")  # a node that fails does not end the job
     return [*options, *site.sbatch]
 
 

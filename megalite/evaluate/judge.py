@@ -91,6 +91,8 @@ def evaluate(request: Evaluation, overrides: dict[str, Any]) -> list[str]:
             write_start(Path(folder) / "start", config, start)
             path = Path(folder) / "start/step-0"
         found = launch.start(config, functools.partial(_judge, path=path, matter=matter), warm=("megalite.train",))
+    if not launch.is_rank_zero():
+        return []
     if config.task and config.task.kind == "translate":
         found |= translate(request.model[0], matter)
     return _write(found, config, request, start)
@@ -100,6 +102,8 @@ def _measure(request: Evaluation, start: Start, overrides: dict[str, Any]) -> li
     """By lm-evaluation-harness."""
     from megalite.evaluate.harness import measure
 
+    if not launch.stands_alone():
+        raise UserError("--harness measures on one device; start one process: srun --ntasks 1")
     if request.data or overrides:
         raise UserError("--harness measures by tasks of its own, on one device; leave --data and settings of the mesh out")
     found = measure(request.model[0], request.harness, folder=request.harness_tasks, limit=request.limit, shots=request.shots)

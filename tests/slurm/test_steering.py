@@ -44,9 +44,10 @@ def test_an_array_of_four_rows_gives_a_table_in_which_one_has_failed(cluster: Cl
 
 
 @pytest.mark.slow
-def test_a_chain_prepares_trains_on_what_was_prepared_and_exports_it(cluster: Cluster) -> None:
+def test_a_chain_prepares_trains_on_what_was_prepared_judges_and_exports_it(cluster: Cluster) -> None:
     text = cluster.folder / "text.txt"
     text.write_text("\n\n".join(f"The {number}th document tells of numbers like {number * 7}." for number in range(2000)))
+    (cluster.folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"{n} times 7 is {n * 7}."}) + "\n" for n in range(200)))
     train = {"vocab": None, "layers": 1, "width": 32, "heads": 2, "sequence": 16}
     run = yaml.safe_load((cluster.folder / "small.yaml").read_text()) | {
         "name": "linked",
@@ -57,15 +58,19 @@ def test_a_chain_prepares_trains_on_what_was_prepared_and_exports_it(cluster: Cl
     links = [
         {"prepare": "text.txt --output data/numbers --tokenizer train:bpe --vocab-size 300"},
         {"train": "linked.yaml --train.steps 2 --nodes 2"},
+        {"finetune": "--task lm --from runs/linked --train rows.jsonl --output runs/tuned --train.steps 2 --deepspeed zero3"},
+        {"evaluate": "runs/tuned --data rows.jsonl --output judged"},
         {"export": "runs/linked/checkpoints/latest --output numbers-hf"},
     ]
     (cluster.folder / "chain.yaml").write_text(yaml.safe_dump(links))
-    said = cluster.megalite("submit", "--chain", "chain.yaml", "--slurm.profile", cluster.profile(ranks_per_node=1))
+    said = cluster.megalite("submit", "--chain", "chain.yaml", "--nodes", "2", "--slurm.profile", cluster.profile(ranks_per_node=1))
     numbers = re.findall(r"^job (\d+)", said, flags=re.MULTILINE)
-    assert len(numbers) == 3
+    assert len(numbers) == 5
     for number in numbers:
         cluster.finish(number)
     assert (cluster.folder / "numbers-hf/config.json").is_file()
+    assert json.loads((cluster.folder / "runs/tuned/metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert json.loads((cluster.folder / "judged.json").read_text())["mesh"]["dp"] == 2  # a rank on each of the two nodes
     assert json.loads((cluster.folder / "runs/linked/metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
 
 
