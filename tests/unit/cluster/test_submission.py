@@ -207,7 +207,7 @@ def test_a_chain_takes_verbs_that_have_a_script(tmp_path: Path) -> None:
     )
     assert [verb for verb, _ in chain.read(str(path))] == ["prepare", "train", "export"]
     path.write_text("- dance: now\n")
-    with pytest.raises(UserError, match="dance cannot be a link; one of train, export, prepare can"):
+    with pytest.raises(UserError, match="dance cannot be a link; one of train, evaluate, export, finetune, prepare can"):
         chain.read(str(path))
     path.write_text("prepare: stdlib\n")
     with pytest.raises(UserError, match="must be a list of links"):
