@@ -18,6 +18,8 @@ from megalite.tune.verify import compare_rounded
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 QUANTIZED = {"zeropp-quantized"}
+SLOW = pytest.mark.slow
+PLAIN = {"zero0", "zero1", "zero2", "zero3"}  # their stages are tried by test_layouts.py on every mesh
 
 
 def _document(name: str, tmp_path: Path) -> dict[str, Any]:
@@ -33,8 +35,14 @@ def _document(name: str, tmp_path: Path) -> dict[str, Any]:
     return document
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - QUANTIZED))
-@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("gpipe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        pytest.param(name, schedule, marks=(SLOW,) if schedule == "gpipe" or name in PLAIN else ())
+        for name in sorted(set(NAMES) - QUANTIZED)
+        for schedule in ("1f1b", "gpipe")
+    ],
+)
 def test_a_shipped_configuration_computes_what_one_process_computes(name: str, schedule: str, tmp_path: Path) -> None:
     config = config_of(dp=2, pp=2, tp=2, schedule=schedule)
     if name == "zeropp":
@@ -44,8 +52,15 @@ def test_a_shipped_configuration_computes_what_one_process_computes(name: str, s
     assert not list((tmp_path / "disk").glob("*")), "a file was left on the disk"
 
 
-@pytest.mark.parametrize("name", ["zero2-cpu-offload", "zero3-cpu-offload", "zero3-nvme"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("zero2-cpu-offload", "bf16"),
+        ("zero3-nvme", "fp16"),
+        *(pytest.param(*case, marks=SLOW) for case in (("zero2-cpu-offload", "fp16"), ("zero3-nvme", "bf16"))),
+        *(pytest.param("zero3-cpu-offload", precision, marks=SLOW) for precision in ("bf16", "fp16")),
+    ],
+)
 def test_offloaded_gradients_are_summed_in_fp32(name: str, precision: str, tmp_path: Path) -> None:
     config = config_of(dp=2, pp=2, precision=precision)
     found = compare_rounded(config, on_mesh(config, zero=_document(name, tmp_path)))

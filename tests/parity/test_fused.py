@@ -69,8 +69,8 @@ def test_a_document_mask_changes_what_is_computed() -> None:
 
 
 def _in_turn(models: tuple[str, ...]) -> list[Any]:
-    """Every mesh with one of the models in turn; the others, and meshes of eight ranks, are slow."""
-    often = {(mesh, models[place % len(models)]) for place, mesh in enumerate(MESHES) if mesh != "dp2-cp2-pp2"}
+    """Three meshes with one of the models in turn; the others are slow."""
+    often = {(mesh, models[place % len(models)]) for place, mesh in enumerate(("dp2", "cp2-pp2", "pp2-tp2-split"))}
     pairs = [(mesh, model) for mesh in MESHES for model in models]
     return [pytest.param(*pair, marks=() if pair in often else (pytest.mark.slow,)) for pair in pairs]
 
@@ -81,7 +81,9 @@ def test_documents_are_kept_apart_on_every_mesh(mesh: str, model: str) -> None:
     assert_same(on_mesh(config, zero=MESHES[mesh][1]), _plain(model, True), tied=models.tied(config.model))
 
 
-@pytest.mark.parametrize(("mesh", "model"), [("cp2-pp2", "gpt2"), ("dp2", "bert"), ("pp2-tp2-split", "llama")])
+@pytest.mark.parametrize(
+    ("mesh", "model"), [("cp2-pp2", "gpt2"), ("dp2", "bert"), pytest.param("pp2-tp2-split", "llama", marks=pytest.mark.slow)]
+)
 def test_fused_attention_computes_what_sdpa_does_with_masks_built_once_a_batch(mesh: str, model: str) -> None:
     config, stage = _config(model, mesh, document_mask=model != "bert"), MESHES[mesh][1]
     document = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
