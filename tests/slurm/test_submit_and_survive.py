@@ -18,6 +18,11 @@ def _same_end(cluster: Cluster, run: str, whole: Path) -> None:
     same_bits(folder / f"checkpoints/step-{STEPS}", whole / f"checkpoints/step-{STEPS}")
 
 
+def _wait_for_all_nodes(cluster: Cluster) -> None:
+    idle = ("sinfo", "--noheader", "--partition=gpu", "--states=idle", "--format=%D")
+    cluster.wait(lambda: cluster.call(*idle).strip() == "5", "all nodes")
+
+
 def test_two_nodes_of_two_ranks_give_the_losses_of_one_process_and_two_jobs_share_the_nodes(cluster: Cluster, tmp_path: Path) -> None:
     one = tmp_path / "one"
     on = ("--nodes", "2", "--mesh.tp", "2")
@@ -96,9 +101,7 @@ def test_a_run_goes_on_after_a_killed_rank_a_hung_one_a_cut_network_and_a_crashe
     finally:
         cluster.do("heal", "node2")
         cluster.do("boot", "node3")
-        cluster.wait(
-            lambda: cluster.call("sinfo", "--noheader", "--partition=gpu", "--states=idle", "--format=%D").strip() == "5", "all nodes"
-        )
+        _wait_for_all_nodes(cluster)
 
 
 @pytest.mark.slow
@@ -115,3 +118,26 @@ def test_a_run_goes_on_after_the_node_of_its_batch_script_crashed(cluster: Clust
     (end,) = cluster.attempts("headless")
     assert (end["attempt"], end["verdict"]) == (f"{job}-1-1", "finished")
     _same_end(cluster, "headless", whole)
+
+
+@pytest.mark.slow
+def test_without_a_spare_a_run_goes_on_with_fewer_nodes(cluster: Cluster, whole: Path) -> None:
+    """Where the site says that one node will do: on another mesh, so the numbers agree, and the bits do not."""
+    cluster.allow("fewer", 2)
+    _wait_for_all_nodes(cluster)  # else one node will do for SLURM from the start
+    job = cluster.submit("small.yaml", "--nodes", "2", "--name", "fewer", held="fewer", min_nodes=1, exclude="node[3-5]")
+    cluster.reach("fewer", 2)
+    cluster.do("crash", "node2")
+    cluster.allow("fewer", STEPS)
+    try:
+        cluster.finish(job)
+        crashed, done = cluster.attempts("fewer")
+        assert crashed["nodes"] == ["node1", "node2"] and crashed["node"] == "node2"
+        assert done["nodes"] == ["node1"] and done["verdict"] == "finished"
+        found = losses(cluster.folder / "runs/fewer")
+        assert found.keys() == losses(whole).keys()
+        for step, numbers in losses(whole).items():
+            assert found[step] == pytest.approx(numbers, rel=1e-5)
+    finally:
+        cluster.do("boot", "node2")
+        _wait_for_all_nodes(cluster)
