@@ -54,6 +54,7 @@ setup(
         "dev": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "faker",
             "jaxtyping",

@@ -139,6 +139,7 @@ def _check(model: str, sources: list[str], targets: list[str], folder: Path, *, 
                 assert ours == theirs, f"{layout}: not bit for bit"
 
 
+@pytest.mark.slow
 def test_what_is_offloaded_is_saved_and_loaded_like_anything_else(tmp_path: Path) -> None:
     chosen = ["pp2 interleaved zero2", "dp2 pp2 zero3 offloaded", "dp2 tp2 zero3 on disk"]
     _check("gpt2, tied", chosen, chosen, tmp_path, steps=2)

@@ -51,8 +51,8 @@ def _off(recipe: str, layout: Layouts) -> float:
     ("recipe", "words"),
     [
         ("gpt-1.3b", "dp4 tp2 zero2 micro2 sp"),
-        ("gpt-1.3b", "dp8 zero2 micro4 selective"),
-        ("gpt-7b", "dp4 pp2 zero1 micro4"),
+        pytest.param("gpt-1.3b", "dp8 zero2 micro4 selective", marks=pytest.mark.slow),
+        pytest.param("gpt-7b", "dp4 pp2 zero1 micro4", marks=pytest.mark.slow),
         ("gpt-1.3b", "dp8 zero3 micro4"),
     ],
 )

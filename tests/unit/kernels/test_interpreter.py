@@ -14,11 +14,16 @@ pytestmark = pytest.mark.timeout(900)  # all suites are one test here
 
 FOLDER = Path(__file__).parent / "interpreted"
 # suite -> at least so many cases; halves of about the same length
-HALVES = ({"test_masks.py": 180}, {"test_features.py": 70, "test_operators.py": 10, "test_rows.py": 25, "test_training.py": 2})
+HALVES = ({"test_masks.py": 90}, {"test_features.py": 50, "test_operators.py": 10, "test_rows.py": 25, "test_training.py": 2})
+REST = ({"test_masks.py": 90}, {"test_features.py": 20})
 
 
-def test_the_kernels_are_right_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-vv"]  # a line a case; pyproject's -q takes one v away
+@pytest.mark.parametrize(
+    ("which", "halves"), [("not slow", HALVES), pytest.param("slow", REST, marks=pytest.mark.slow)], ids=["most", "the rest"]
+)
+def test_the_kernels_are_right_in_the_interpreter(which: str, halves: tuple[dict[str, int], ...]) -> None:
+    # -vv: a line a case; pyproject's -q takes one v away
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-vv", "-m", which]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     runs = [
         subprocess.Popen(
@@ -28,14 +33,14 @@ def test_the_kernels_are_right_in_the_interpreter() -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for half in HALVES
+        for half in halves
     ]
     try:
         said = [run.communicate()[0] for run in runs]
     finally:
         for run in runs:
             run.kill()
-    for half, run, text in zip(HALVES, runs, said, strict=True):
+    for half, run, text in zip(halves, runs, said, strict=True):
         assert run.returncode == 0, text[-8000:]
         for suite, least in half.items():
             assert len(re.findall(rf"{re.escape(suite)}::.* PASSED", text)) >= least, suite

@@ -27,8 +27,10 @@ def _causal(rows: int, keys: int) -> Tensor:
     return (j <= i + keys - rows)[None].expand(2, rows, keys)
 
 
-@FORMS
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("causal", "deterministic"),
+    [(False, True), (True, False), *(pytest.param(both, both, marks=pytest.mark.slow) for both in (False, True))],
+)
 @pytest.mark.parametrize(
     "features", [c for n in (1, 2, 4) for c in itertools.combinations(("softcap", "sink", "dropout", "dlse"), n)], ids="+".join
 )
