@@ -17,6 +17,7 @@ from pathlib import Path
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 PACKAGES = ("asyncio", "email", "idlelib", "multiprocessing", "tkinter", "unittest", "xml")
 LINES = 6  # of a snippet
+ROWS = {"test": 50, "valid": 20, "train": 80}  # of a package
 WHO = {
     "I": "我",
     "you": "你",
@@ -35,24 +36,26 @@ WHERE = {"in the city": "在城市里", "at school": "在学校", "at home": "�
 
 
 def snippets() -> dict[str, list[tuple[str, str]]]:
-    """Split by file: no file is in two of them."""
-    found: dict[str, list[tuple[str, str]]] = {"train": [], "valid": [], "test": []}
+    """As many of each package, split by file: no file is in two of them."""
+    found: dict[str, list[tuple[str, str]]] = {split: [] for split in ROWS}
     for package in PACKAGES:
-        for path in sorted((LIBRARY / package).rglob("*.py")):
-            if {"test", "tests", "idle_test"} & set(path.parts):
-                continue
-            lines = [" ".join(line.split()) for line in path.read_text("utf-8", errors="ignore").splitlines() if line.strip()]
-            share = int(hashlib.sha256(str(path.relative_to(LIBRARY)).encode()).hexdigest(), 16) % 10
-            split = "train" if share < 6 else "valid" if share < 7 else "test"
-            for at in range(0, len(lines) - LINES, 2 * LINES):
-                text = " ".join(lines[at : at + LINES])
-                if package not in text.lower():  # else it would be too easy
-                    found[split].append((text[:400], package))
-    draw = random.Random(0)
-    for split, most in (("train", 80), ("valid", 30), ("test", 60)):
-        draw.shuffle(found[split])
-        found[split] = [row for package in PACKAGES for row in [r for r in found[split] if r[1] == package][:most]]
+        files = [path for path in (LIBRARY / package).rglob("*.py") if not {"test", "tests", "idle_test"} & set(path.parts)]
+        files.sort(key=lambda path: hashlib.sha256(str(path.relative_to(LIBRARY)).encode()).digest())
+        for split, most in ROWS.items():
+            rows: list[tuple[str, str]] = []
+            while files and len(rows) < most:
+                rows += [(text, package) for text in pieces(files.pop()) if package not in text.lower()]  # else it would be too easy
+            random.Random(0).shuffle(rows)
+            found[split] += rows[:most]
+    for rows in found.values():
+        random.Random(0).shuffle(rows)
     return found
+
+
+def pieces(path: Path) -> list[str]:
+    """Every other LINES lines, white space and empty lines taken out."""
+    lines = [" ".join(line.split()) for line in path.read_text("utf-8", errors="ignore").splitlines() if line.strip()]
+    return [" ".join(lines[at : at + LINES])[:400] for at in range(0, len(lines) - LINES, 2 * LINES)]
 
 
 def sentence(draw: random.Random) -> tuple[str, str]:
