@@ -1,6 +1,6 @@
 """Rows for the walk of docs/walk.md, made of what every Python has: nothing is downloaded.
 
-In: a folder.  Out: snippets.{train,valid,test}.tsv (a piece of the standard library, and the package it is from), en-zh.{train,test}.tsv
+In: a folder.  Out: snippets.{train,few,valid,test}.tsv (a piece of the standard library, and its package), en-zh.{train,test}.tsv
 (sentences of a small grammar, and their Chinese), talks.jsonl (what a module is for, by its docstring). Run: python docs/walk.py walk
 """
 
@@ -18,6 +18,7 @@ LIBRARY = Path(sysconfig.get_path("stdlib"))
 PACKAGES = ("asyncio", "email", "idlelib", "multiprocessing", "tkinter", "unittest", "xml")
 LINES = 6  # of a snippet
 ROWS = {"test": 50, "valid": 20, "train": 80}  # of a package
+FEW = 20  # of them, once more in a file of their own
 WHO = {
     "I": "我",
     "you": "你",
@@ -47,6 +48,7 @@ def snippets() -> dict[str, list[tuple[str, str]]]:
                 rows += [(text, package) for text in pieces(files.pop()) if package not in text.lower()]  # else it would be too easy
             random.Random(0).shuffle(rows)
             found[split] += rows[:most]
+    found["few"] = [row for package in PACKAGES for row in [r for r in found["train"] if r[1] == package][:FEW]]
     for rows in found.values():
         random.Random(0).shuffle(rows)
     return found

@@ -1,6 +1,6 @@
 """Layouts drawn at random: any model, mesh of up to 8 ranks, ZeRO stage, schedule, reduction, precision, recomputation, dropout, offload.
 
-`make test` runs six of them; `make fuzz` (python tests/parity/test_fuzz.py --first 0 --draws 200) runs more and prints one line each.
+`make test` runs ten of them; `make fuzz` (python tests/parity/test_fuzz.py --first 0 --draws 200) runs more and prints one line each.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _said(config: Config, document: dict[str, Any]) -> str:
     return f"{layout} {how}; {model.family} layers {model.layers} heads {model.heads}/{model.num_kv_heads} tied {model.tied}"
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(10))
 def test_a_layout_drawn_at_random_computes_what_one_process_computes(seed: int) -> None:
     config, document = draw(seed)
     wrong = [finding for finding in findings_of(config, document) if not finding.good]
