@@ -56,7 +56,8 @@ def ranks_options(site: Site, *, name: str, nodes: int | str, output: Path | str
     options = [
         f"--job-name={name}",
         f"--nodes={nodes}",
-        f"--ntasks-per-node={site.ranks}",
+        # of a range of nodes, a number of tasks takes the fewest (SLURM 22.05.8); CPUs alone take as many as are free
+        f"--mincpus={site.ranks * (site.cpus_per_rank or 1)}" if isinstance(nodes, str) else f"--ntasks-per-node={site.ranks}",
         *_gpus(site),
         *_given(site),
         f"--signal=B:USR1@{site.lead}",

@@ -35,6 +35,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.timeout(900)
 def test_the_commands_run_and_print_the_same_losses(clone: Path) -> None:
     """In the README's order, in one folder; training is cut to 3 steps by flags behind the README's own.
 

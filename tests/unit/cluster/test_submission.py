@@ -107,6 +107,7 @@ def test_the_script_asks_for_what_the_flags_say() -> None:
 def test_fewer_nodes_will_do_where_the_site_says_so_and_nodes_may_be_shared() -> None:
     text = _script(nodes=4, min_nodes=2, exclusive=False, gres="gpu:a100:4", gpus_per_node=4)
     assert "#SBATCH --nodes=2-4" in text and "#SBATCH --gres=gpu:a100:4" in text
+    assert "#SBATCH --mincpus=4" in text and "ntasks-per-node" not in text.partition("# ---- site")[0]
     assert "--exclusive" not in text and "--mem" not in text and "--gpus-per-node=" not in text
 
 
