@@ -55,6 +55,7 @@ setup(
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
+            "lm-eval[hf]>=0.4.9",
             "hypothesis",
             "faker",
             "jaxtyping",

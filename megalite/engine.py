@@ -105,7 +105,7 @@ class Engine:
             folder=zero.offload_folder(document),
         )
         self.pipelines: dict[int, Pipeline] = {}
-        self.pipeline = self._pipeline(config.sequence)
+        self._pipeline(config.sequence)
 
     def _pipeline(self, sequence: int) -> Pipeline:
         """The pipeline for samples of this length: what travels between stages has one shape in each."""
@@ -220,9 +220,8 @@ class Engine:
         """This rank's part of every sequence, with what every target counts in the mean over the global batch, on every stage alike.
 
         The number of targets of a BERT batch differs from rank to rank, and samples may count differently; the mean is over all of them.
-        DeepSpeed averages gradients
-        over the ranks that hold the same weights, so the weights of a rank's targets add up to their number times its share. A step's
-        number switches dropout on.
+        DeepSpeed averages gradients over the ranks that hold the same weights, so the weights of a rank's targets add up to their number
+        times its share. A step's number switches dropout on.
         """
         mesh, sequence_parallel = self.mesh, self.config.train.sequence_parallel
         batches = [{name: value.to(mesh.device, non_blocking=True) for name, value in batch.items()} for batch in microbatches]

@@ -33,7 +33,7 @@ from megalite.errors import UserError
 from megalite.evaluate.examine import batches_of, examine
 from megalite.fit import resolve_mesh
 from megalite.log import open_voice, quiet_foreign
-from megalite.pretrain import UNFINISHED, check_document, is_finished, say, write_config
+from megalite.pretrain import is_finished, say, train_on_ranks, write_config
 from megalite.task import SCORES, Task
 
 HEADS = {"classify": "classify", "regress": "regress", "tag": "tag"}
@@ -71,12 +71,7 @@ def finetune(document: dict[str, Any], *, command: str) -> None:
         if launch.is_rank_zero():
             begin(config, start, lessons)
         if not is_finished(config):
-            warm = ("megalite.train", "torch.utils.tensorboard", functools.partial(check_document, zero))
-            stopped = launch.start(config, functools.partial(_train, lessons=lessons), warm=warm)
-            if stopped:
-                if launch.is_rank_zero():
-                    say(f"{stopped}: saved, and ended with exit code {UNFINISHED}; the same command goes on from there")
-                raise SystemExit(UNFINISHED)
+            train_on_ranks(config, functools.partial(_train, lessons=lessons), zero)
     if launch.is_rank_zero():
         report(config, command=command)
 

@@ -97,7 +97,7 @@ def _put(into: dict[str, Any], path: str, value: Any) -> None:
     into[leaf] = value
 
 
-def of_run(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Flags of a run, which have a section (--mesh.tp 4), and the rest, each with its values."""
     run: list[str] = []
     rest: list[str] = []

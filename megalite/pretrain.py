@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -67,17 +68,21 @@ def _pretrain(config: Config, *, command: str) -> None:
                 launch.record("outcome", kind="finished")
                 say(f"{run_folder(config)} has its {config.train.steps} steps: nothing left to train")
         else:
-            warm = ("megalite.train", "torch.utils.tensorboard", functools.partial(check_document, document))
-            stopped = launch.start(config, _train, warm=warm)
-            if stopped:
-                if launch.is_rank_zero():
-                    say(f"{stopped}: saved, and ended with exit code {UNFINISHED}; the same command goes on from there")
-                raise SystemExit(UNFINISHED)
+            train_on_ranks(config, _train, document)
     if launch.is_rank_zero():
         report(config, command=command)
 
 
-def check_document(document: dict[str, Any]) -> None:
+def train_on_ranks(config: Config, work: Callable[[Config, int], str | None], document: dict[str, Any]) -> None:
+    """Run work(config, rank) on every rank; where it names what asked it to end, say so and exit with UNFINISHED."""
+    warm = ("megalite.train", "torch.utils.tensorboard", functools.partial(_check, document))
+    if stopped := launch.start(config, work, warm=warm):
+        if launch.is_rank_zero():
+            say(f"{stopped}: saved, and ended with exit code {UNFINISHED}; the same command goes on from there")
+        raise SystemExit(UNFINISHED)
+
+
+def _check(document: dict[str, Any]) -> None:
     """Whether DeepSpeed knows what the JSON says."""
     from megalite.parallel import zero
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from megalite import config as settings
 from megalite.config import Config
 from megalite.errors import UserError
-from megalite.flags import of_run, read_flags
+from megalite.flags import read_flags, split_flags
 from megalite.task import Task
 
 SHORT = {  # of `megalite finetune`
@@ -78,7 +78,7 @@ def evaluate(arguments: list[str]) -> None:
     """megalite evaluate MODEL --data FILE|PREFIX [--mesh.tp 2 ...]"""
     from megalite.evaluate import judge
 
-    run, own = of_run(arguments)
+    run, own = split_flags(arguments)
     request = _read_request("evaluate MODEL --data FILE|PREFIX", own, judge.Evaluation, positional="model")
     for line in judge.evaluate(request, read_flags(run, Config)):
         say(line)
@@ -127,7 +127,7 @@ def tune(arguments: list[str]) -> None:
     """megalite tune RECIPE|FILE.yaml --cluster NODESxGPUSxKIND [--section.field VALUE ...]"""
     from megalite.tune import tuning
 
-    run, own = of_run(arguments)
+    run, own = split_flags(arguments)
     request = _read_request("tune RECIPE|FILE.yaml --cluster NODESxGPUSxKIND", own, tuning.Tuning, positional="run")
     sys.exit(tuning.tune(request, read_flags(run, Config)))
 
@@ -136,7 +136,7 @@ def bench(arguments: list[str]) -> None:
     """megalite bench RECIPE|FILE.yaml [--steps N] [--section.field VALUE ...]"""
     from megalite.tune import benching
 
-    run, own = of_run(arguments)
+    run, own = split_flags(arguments)
     request = _read_request("bench RECIPE|FILE.yaml", own, benching.Benching, positional="what")
     sys.exit(benching.bench(request, read_flags(run, Config)))
 

@@ -1,8 +1,8 @@
 """What a fine-tuning begins with: the weights of another model as step 0 of its run, and what that model lacks drawn by seed.
 
 In: a checkpoint of ours on whatever mesh, a run folder, or a Hugging Face folder or name.  Out: its settings and tokenizer
-(`open_start`), and
-checkpoints/step-0 (`write_start`), which any mesh loads as it loads every checkpoint. Weights pass through one tensor at a time.
+(`open_start`), and checkpoints/step-0 (`write_start`), which any mesh loads as it loads every checkpoint. Weights pass through one
+tensor at a time.
 """
 
 from __future__ import annotations

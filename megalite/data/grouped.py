@@ -1,9 +1,8 @@
 """Examples as samples of global batches: in an order without state, texts of like length together, each batch as long as its longest.
 
 In: examples and the sizes of batches.  Out: sample number i of training or of an examination, as the loader asks for it, padded to the
-length of
-its batch. Number i is a function of (seed, i): an epoch is shuffled by a Philox counter, a run of batches of it is sorted by length and
-dealt in shuffled order. No row comes twice before every other came once, but for those runs' ends.
+length of its batch. Number i is a function of (seed, i): an epoch is shuffled by a Philox counter, a run of batches of it is sorted by
+length and dealt in shuffled order. No row comes twice before every other came once, but for those runs' ends.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from megalite.checkpoint.store import Store, read_facts
 from megalite.config import Config, Section, merge, parse
 from megalite.convert.starting import Start, open_start, write_start
 from megalite.data.documents import BadLine, documents
-from megalite.data.examples import GENERATING, Example, Examples, columns_of
+from megalite.data.examples import GENERATING, IGNORE, Example, Examples, columns_of
 from megalite.data.inputs import Reading, cut, find_files
 from megalite.data.lessons import encode
 from megalite.data.loader import open_valid
@@ -139,7 +139,9 @@ def _matter(config: Config, start: Start, request: Evaluation) -> tuple[Config, 
         faults = Faults(refuse=False)
         rows = list(read_rows(request.data, columns_of(task), faults))
         held = encode(rows, task, start.tokenizer, family=family, limit=limit, folder=start.tokenizer_source, faults=faults)
-        return config.model_copy(update={"task": task}), Matter(held)
+        predicted = [example.labels[example.labels != IGNORE] for example in held.found if example.labels is not None]
+        size = _bytes(np.concatenate(predicted), start.tokenizer) if task.kind == "lm" else 0
+        return config.model_copy(update={"task": task}), Matter(held, size)
     if family == "bert":
         if len(request.data) != 1 or not Path(f"{request.data[0]}.idx").is_file():
             raise UserError("a BERT that was not fine-tuned is judged on shards: give --data PREFIX of one that `megalite prepare` wrote")

@@ -1,9 +1,8 @@
 """Heads for fine-tuning on a trunk of either family: a class or a number for a sample, a class for every token.
 
 In: a hidden state and the microbatch.  Out: the weighted loss, shape (1,). In `Engine.predict` a head also keeps what it put out. They are
-those of transformers, so that a fine-tuned model is exported as one of its own: BERT pools its first token through a tanh layer
-(Devlin et al.
-2018, arXiv:1810.04805, section 3.2); a GPT judges by its last token, after its final norm, without a bias. Every rank of a stage
+those of transformers, so that a fine-tuned model is exported as one of its own: BERT pools its first token through a tanh layer (Devlin et
+al. 2018, arXiv:1810.04805, section 3.2); a GPT judges by its last token, after its final norm, without a bias. Every rank of a stage
 holds a head whole.
 """
 

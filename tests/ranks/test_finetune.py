@@ -57,7 +57,8 @@ def test_a_mesh_tunes_step_by_step_as_one_process(kind: str, family: str, mesh: 
     assert len(plain) == len(spread) == 8
     for ours, theirs in zip(spread, plain, strict=True):
         for name in theirs.keys() & {"loss", "grad_norm", "lr", "valid_loss", "accuracy", "macro_f1", "perplexity", "tokens"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-5), (theirs["step"], name)
+            # sums of fp32 in another order, over six updates; every gradient and weight of a step: tests/parity/test_heads.py
+            assert ours[name] == pytest.approx(theirs[name], rel=5e-6), (theirs["step"], name)
 
 
 def test_a_classifier_learns_keeps_its_best_and_is_the_same_in_transformers(starts, tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_a_classifier_learns_keeps_its_best_and_is_the_same_in_transformers(star
     )
     evaluated = judge.evaluate(judge.Evaluation(model=(str(folder),), data=(str(valid),)), {"mesh": {"pp": 2}})
     again = json.loads((folder / "evaluation.json").read_text())
-    assert again["accuracy"] == scores["accuracy"] and again["loss"] == pytest.approx(scores["loss"], rel=1e-5)
+    assert again["accuracy"] == scores["accuracy"] and again["loss"] == pytest.approx(scores["loss"], rel=1e-6)
     assert any("accuracy" in line for line in evaluated) and "| wanted, given | bad | good |" in (folder / "evaluation.md").read_text()
     loaded, right = load(str(folder)), 0
     assert type(loaded.model).__name__ == "BertForSequenceClassification" and loaded.model.config.id2label == {0: "bad", 1: "good"}
@@ -189,7 +190,19 @@ def test_perplexity_of_text_is_the_plain_models_on_any_mesh(starts, tmp_path: Pa
         with torch.no_grad():
             logits = loaded.model(window[:, :-1]).logits[0]
         nats += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
-    assert found[0]["bits_per_byte"] == pytest.approx(nats / math.log(2) / found[0]["bytes"], rel=1e-5)
+    assert found[0]["bits_per_byte"] == pytest.approx(nats / math.log(2) / found[0]["bytes"], rel=1e-6)
+
+
+def test_a_language_model_that_was_tuned_is_judged_by_the_bytes_of_its_rows(starts, tmp_path: Path) -> None:
+    rows, texts = tmp_path / "rows.jsonl", ["the film was a story of people", "good music and rain last night"]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tune(tmp_path / "run", starts["gpt"], "lm", rows, train={"steps": 1, "global_batch": 2, "micro_batch": 2})
+    judge.evaluate(judge.Evaluation(model=(str(tmp_path / "run"),), data=(str(rows),)), {})
+    found = json.loads((tmp_path / "run/evaluation.json").read_text())
+    tokenizer = load(str(starts["gpt"])).tokenizer
+    firsts = sum(len(tokenizer.decode(tokenizer.encode_batch([text])[0][:1])) for text in texts)
+    assert found["bytes"] == sum(map(len, texts)) - firsts  # nothing predicts the first token of a row
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens"] / math.log(2) / found["bytes"], rel=1e-12)
 
 
 def test_vectors_do_not_depend_on_the_batch_and_find_the_text_itself(starts, tmp_path: Path) -> None:
@@ -197,7 +210,7 @@ def test_vectors_do_not_depend_on_the_batch_and_find_the_text_itself(starts, tmp
     for family, pool in (("bert", "mean"), ("bert", "cls"), ("gpt", "mean")):
         loaded = load(str(starts[family]))
         alone, together = vectors.encode(loaded, texts, pool=pool, batch=1), vectors.encode(loaded, texts, pool=pool, batch=4)
-        assert alone == pytest.approx(together, abs=1e-5)
+        assert alone == pytest.approx(together, abs=1e-6)
         assert [found[0][0] for found in vectors.search(together, together, top=1)] == [0, 1, 2, 3]
     (tmp_path / "t.txt").write_text("\n".join(texts))
     said: list[str] = []

@@ -111,7 +111,8 @@ def _most_buffers(rank: int, *, schedule: str) -> int:
 
     _Stage.backward_maybe_with_nosync = count  # type: ignore[method-assign]
     engine.step(0, microbatches(batch_of(config, 0), config, dp=1, dp_rank=0))
-    left = [info.buffer for stage in engine.pipeline.stages for infos in stage.args_recv_info.values() for info in infos]
+    (pipeline,) = engine.pipelines.values()
+    left = [info.buffer for stage in pipeline.stages for infos in stage.args_recv_info.values() for info in infos]
     assert all(buffer is None for buffer in left)
     return most
 

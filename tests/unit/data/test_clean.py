@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+from common import WORDS
 from rich.console import Console
 
 from megalite.data import prepare as preparing
@@ -27,30 +28,6 @@ identity: true
 duplicates: true
 """
 NAMES = ("unicode", "lines", "languages", "quality", "repetition", "identity", "duplicates")
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "river",
-    "stone",
-    "house",
-    "green",
-    "open",
-    "water",
-    "light",
-    "small",
-    "large",
-    "carry",
-    "under",
-    "over",
-    "train",
-    "quick",
-    "window",
-    "garden",
-    "letter",
-    "paper",
-    "music",
-]
 SECRETS = ("13800138000", "john.doe@example.com")
 
 
@@ -59,7 +36,7 @@ def make_corpus(folder: Path) -> tuple[Path, Path]:
     draw = random.Random(2)
 
     def prose(size: int = 70) -> str:
-        return "The house of stone " + " ".join(draw.choices(WORDS, k=size)) + "."
+        return "The house of stone " + " ".join(draw.choices(("the", "of", "and", *WORDS), k=size)) + "."
 
     first = [prose() for _ in range(40)]
     first[5] += f" Call {SECRETS[0]} or write to {SECRETS[1]} and ask."

@@ -3,31 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from common import WORDS
 
 from megalite.data.quality import Languages, Lines, Quality, Repetition, judge_language, judge_quality, judge_repetition, strip_lines
 
-WORDS = [
-    "river",
-    "stone",
-    "house",
-    "green",
-    "open",
-    "water",
-    "light",
-    "small",
-    "large",
-    "carry",
-    "under",
-    "over",
-    "train",
-    "quick",
-    "brown",
-    "window",
-    "garden",
-    "letter",
-    "paper",
-    "music",
-]
 PROSE = "The river and the house of stone have a garden that is to be seen with the light of summer, and people carry letters there.\n"
 LONG = "\n".join(PROSE.strip().replace("river", word) for word in WORDS)
 CHINESE = (
