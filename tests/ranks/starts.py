@@ -58,7 +58,7 @@ PAIRS = {
 
 
 def make_start(folder: Path, family: str, *, style: str = "gpt2", width: int = 32, sequence: int = 32) -> Path:
-    """A run folder with a checkpoint of random weights, and its tokenizer."""
+    """A run folder with a checkpoint of random weights, as if trained with dropout, and its tokenizer."""
     kind = "train:wordpiece" if family == "bert" else "train:bpe"
     texts = [" ".join([*GOOD, *BAD, *OTHER, *PAIRS, *PAIRS.values(), "user: assistant: system:"])] * 3
     tokenizer = train_tokenizer(kind, texts, vocab_size=400)
@@ -69,7 +69,7 @@ def make_start(folder: Path, family: str, *, style: str = "gpt2", width: int = 3
             "name": "start",
             "model": {
                 "family": family, "layers": 2, "width": width, "heads": 4, "vocab": tokenizer.vocab_size, "sequence": sequence,
-                "init_std": 0.05,
+                "init_std": 0.05, "dropout": 0.1,
                 **({"activation": "gelu"} if family == "bert" else llama if style == "llama" else {}),
             },
             "data": {"tokenizer": str(folder / "tokenizer")},
