@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .randomness import draw_seed
+from .randomness import Draws, draw
 from .reference import attend_exactly
 from .spans import FAR, Spans, band, bounded_spans, packed_spans, padding_spans
 
@@ -41,6 +41,7 @@ def attention(
     softcap: float = 0.0,
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
+    draws: Draws | None = None,
     deterministic: bool | None = None,
     return_lse: bool = False,
     impl: Literal["auto", "triton", "reference"] = "auto",
@@ -55,8 +56,9 @@ def attention(
     those four. A row that sees nothing gives 0.
 
     scale: 1 / sqrt(k) unless given. softcap c > 0: scores become c tanh(score / c) (Gemma 2, arXiv:2408.00118). sink (h,): a score per head
-    that takes weight and gives no value (Xiao et al. 2023, arXiv:2309.17453). dropout_p: weights are dropped with this probability,
-    drawn from torch's generator. deterministic: bitwise the same gradients on every run; None follows torch.use_deterministic_algorithms.
+    that takes weight and gives no value (Xiao et al. 2023, arXiv:2309.17453). dropout_p: weights are dropped with this probability;
+    draws say which (randomness.py), by default drawn from torch's generator. deterministic: bitwise the same gradients on every run; None
+    follows torch.use_deterministic_algorithms.
     return_lse: also the log of the softmax's denominator, (b, h, s) or (h, t), fp32, -inf where a row sees nothing; it has a gradient.
     impl: auto is Triton on a GPU of sm80 or newer or a gfx942, and PyTorch elsewhere, with one warning that says why.
 
@@ -79,18 +81,22 @@ def attention(
     elif spans is None:
         low, high = band(rows, keys, causal=causal, window=window)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    rng = draw_seed(q.device) if dropout_p else None
+    if dropout_p:
+        draws = draw(q.shape[0], q.shape[2], rows, keys, device=q.device) if draws is None else draws
+        _check_draws(draws, q, keys)
+    else:
+        draws = None
     if _chosen(impl, q) == "triton":
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         out, lse = operators.attend(
-            q, k, v, spans, low=low, high=high, scale=scale, softcap=float(softcap), sink=sink, dropout_p=dropout_p, rng=rng,
+            q, k, v, spans, low=low, high=high, scale=scale, softcap=float(softcap), sink=sink, dropout_p=dropout_p, draws=draws,
             deterministic=deterministic,
         )  # fmt: skip
         lse = lse * LN2 if return_lse else lse
     else:
         mask = (spans or _of_band(q, keys, low, high)).mask()
-        dropout = None if rng is None else (dropout_p, rng)
+        dropout = None if draws is None else (dropout_p, draws)
         out, lse = attend_exactly(q, k, v, mask, scale=scale, softcap=softcap, sink=sink, dropout=dropout)
         lse = lse.float()
     if packed:
@@ -169,6 +175,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{q.shape[0]} sequences are more than a launch can number, {MOST}; pack them or split the batch")
     if q.dtype not in (*DTYPES, torch.float64):
         raise ValueError(f"q is {q.dtype}; use bfloat16, float16 or float32")
+
+
+def _check_draws(draws: Draws, q: Tensor, keys: int) -> None:
+    b, s, h, _ = q.shape
+    for name, side, length in (("rows", draws.rows, s), ("keys", draws.keys, keys)):
+        if side.shape != (b, h, length) or side.dtype != torch.int32:
+            found = f"{tuple(side.shape)} {side.dtype}"
+            raise ValueError(f"draws.{name} is {found}; for these tensors it must be {(b, h, length)} torch.int32")
 
 
 def _check_options(q: Tensor, *, scale: float | None, softcap: float, sink: Tensor | None, dropout_p: float, window: int | None) -> None:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import backward, forward, tiles
-from .randomness import limit_of
+from . import backward, forward
+from .randomness import Draws, limit_of
 from .spans import Spans
 from .tables import Tile, arch_of, block_of, choose, kind_of
 
@@ -45,14 +46,14 @@ class Call:
 
 
 class Operands(NamedTuple):
-    """q (b, s, h, k), k and v (b, n, g, k); spans, or the band of the call; sink (h,); rng is (seed, offset) where there is dropout."""
+    """q (b, s, h, k), k and v (b, n, g, k); spans, or the band of the call; sink (h,); draws where there is dropout."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     spans: Spans | None = None
     sink: Tensor | None = None
-    rng: Tensor | None = None
+    draws: Draws | None = None
 
 
 def run_forward(x: Operands, call: Call, *, chosen: Tiles | None = None) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,7 @@ def run_forward(x: Operands, call: Call, *, chosen: Tiles | None = None) -> tupl
     tile = _tile("forward", x, call, chosen)
     inner, factor = call.numbers
     with torch.cuda.device_of(x.q):
-        drawn = _draw(x)
+        drawn = _line_up(x.draws)
         forward.attend[(triton.cdiv(s, tile.rows), h, b)](
             *_operands(tile, (x.q, tile.rows), (x.k, tile.keys), (x.v, tile.keys)), out, lse, *_bounds(x)[:2], x.sink, drawn,
             inner, factor, 1.0 - call.dropout_p,
@@ -92,7 +93,7 @@ def run_backward(
     numbers = (inner, factor, call.scale, 1.0 - call.dropout_p, call.low, call.high, s, n)
     limits = (limit_of(call.dropout_p), _padded(s), _padded(n), _padded(s))
     with torch.cuda.device_of(x.q):
-        drawn = _draw(x)
+        drawn = _line_up(x.draws)
         tile = _tile("prepare", x, call, chosen)
         backward.prepare[(_padded(s) // tile.rows, h, b)](
             out, dout, lse, dlse, stats, s, _padded(s), *out.stride()[:3], *dout.stride()[:3],
@@ -121,14 +122,11 @@ def _padded(length: int) -> int:
     return (length + STATS - 1) // STATS * STATS
 
 
-def _draw(x: Operands) -> Tensor | None:
-    """The numbers of dropout, 8 bytes a token and head: drawn here, a kernel would draw them once a tile and thread."""
-    if x.rng is None:
+def _line_up(draws: Draws | None) -> Tensor | None:
+    """The numbers of dropout as the kernels read them, without a mask: (b, h, rows + keys), each padded to a whole tile."""
+    if draws is None:
         return None
-    heads, rows, keys = x.q.shape[0] * x.q.shape[2], _padded(x.q.shape[1]), _padded(x.k.shape[1])
-    drawn = torch.empty((heads, rows + keys), dtype=torch.int32, device=x.q.device)
-    tiles.draw[(heads, triton.cdiv(rows + keys, 1024))](drawn, x.rng, rows, keys, COUNT=1024)
-    return drawn
+    return torch.cat([F.pad(side, (0, _padded(side.shape[-1]) - side.shape[-1])) for side in draws], dim=-1)
 
 
 def _tile(kernel: str, x: Operands, call: Call, chosen: Tiles | None) -> Tile:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .randomness import Draws
 from .spans import Spans
 
 LOG2E = 1.4426950408889634
@@ -19,15 +20,15 @@ LOG2E = 1.4426950408889634
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, spans: Spans | None, *, low: int, high: int, scale: float, softcap: float, sink: Tensor | None,
-    dropout_p: float, rng: Tensor | None, deterministic: bool,
+    dropout_p: float, draws: Draws | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (b, s, h, k) and lse (b, h, s) in base 2, both with gradients; spans, or the band low, high.
 
     Base 2 is what the kernels use, and every change of base would round.
     """
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    bounds = spans or (None,) * 4
-    return torch.ops.megalite.attention_forward(q, k, v, *bounds, sink, rng, low, high, scale, softcap, dropout_p, deterministic)
+    bounds, sides = spans or (None,) * 4, draws or (None,) * 2
+    return torch.ops.megalite.attention_forward(q, k, v, *bounds, sink, *sides, low, high, scale, softcap, dropout_p, deterministic)
 
 
 def _spans(*bounds: Tensor | None) -> Spans | None:
@@ -37,15 +38,20 @@ def _spans(*bounds: Tensor | None) -> Spans | None:
     return Spans(lo, hi, first, last)
 
 
+def _draws(rows: Tensor | None, keys: Tensor | None) -> Draws | None:
+    return None if rows is None or keys is None else Draws(rows, keys)
+
+
 @torch.library.custom_op("megalite::attention_forward", mutates_args=())
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None, first: Tensor | None, last: Tensor | None,
-    sink: Tensor | None, rng: Tensor | None, low: int, high: int, scale: float, softcap: float, dropout_p: float, deterministic: bool,
+    sink: Tensor | None, row_draws: Tensor | None, key_draws: Tensor | None,
+    low: int, high: int, scale: float, softcap: float, dropout_p: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from . import launch
 
     call = launch.Call(low, high, scale, softcap, dropout_p, deterministic)
-    return launch.run_forward(launch.Operands(q, k, v, _spans(lo, hi, first, last), sink, rng), call)
+    return launch.run_forward(launch.Operands(q, k, v, _spans(lo, hi, first, last), sink, _draws(row_draws, key_draws)), call)
 
 
 @attention_forward.register_fake
@@ -58,14 +64,16 @@ def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     lo: Tensor | None, hi: Tensor | None, first: Tensor | None, last: Tensor | None,
-    rng: Tensor | None, low: int, high: int, scale: float, softcap: float, dropout_p: float, deterministic: bool,
+    row_draws: Tensor | None, key_draws: Tensor | None,
+    low: int, high: int, scale: float, softcap: float, dropout_p: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from . import launch
 
     call = launch.Call(low, high, scale, softcap, dropout_p, deterministic)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.float().contiguous()
-    return launch.run_backward(dout, dlse, out, lse, launch.Operands(q, k, v, _spans(lo, hi, first, last), None, rng), call)
+    x = launch.Operands(q, k, v, _spans(lo, hi, first, last), None, _draws(row_draws, key_draws))
+    return launch.run_backward(dout, dlse, out, lse, x, call)
 
 
 @attention_backward.register_fake
@@ -74,18 +82,19 @@ def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: An
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, lo, hi, first, last, sink, rng, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, lo, hi, first, last, sink, rng)
+    q, k, v, *others = inputs
+    ctx.save_for_backward(q, k, v, *output, *others[:7])
+    ctx.numbers = others[7:]
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, lo, hi, first, last, sink, rng = ctx.saved_tensors
-    nothing = (None,) * 12
+    q, k, v, out, lse, lo, hi, first, last, sink, *draws = ctx.saved_tensors
+    nothing = (None,) * 13
     if dout is None and dlse is None:
         return (None, None, None, *nothing)
     dout = torch.zeros_like(out) if dout is None else dout
-    gradients = torch.ops.megalite.attention_backward(dout, dlse, q, k, v, out, lse, lo, hi, first, last, rng, *ctx.numbers)
+    gradients = torch.ops.megalite.attention_backward(dout, dlse, q, k, v, out, lse, lo, hi, first, last, *draws, *ctx.numbers)
     dsink = None
     if sink is not None and ctx.needs_input_grad[7]:
         # the sink's weight gives no value: d loss / d sink = weight * (dlse - sum(out * dout)), summed over the rows
@@ -117,10 +126,10 @@ def _count(q: Any, k: Any, lo: Any, hi: Any, low: int, high: int) -> int:
 
 
 @register_flop_formula(torch.ops.megalite.attention_forward, get_raw=True)
-def _forward_flops(q, k, v, lo, hi, first, last, sink, rng, low, high, *_, **__) -> int:
+def _forward_flops(q, k, v, lo, hi, first, last, sink, row_draws, key_draws, low, high, *_, **__) -> int:
     return 2 * _count(q, k, lo, hi, low, high)
 
 
 @register_flop_formula(torch.ops.megalite.attention_backward, get_raw=True)
-def _backward_flops(dout, dlse, q, k, v, out, lse, lo, hi, first, last, rng, low, high, *_, **__) -> int:
+def _backward_flops(dout, dlse, q, k, v, out, lse, lo, hi, first, last, row_draws, key_draws, low, high, *_, **__) -> int:
     return 5 * _count(q, k, lo, hi, low, high)

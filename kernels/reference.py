@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .randomness import kept
+from .randomness import Draws, kept
 
 
 def attend_exactly(
@@ -23,12 +23,12 @@ def attend_exactly(
     scale: float,
     softcap: float = 0.0,
     sink: Tensor | None = None,
-    dropout: tuple[float, Tensor] | None = None,
+    dropout: tuple[float, Draws] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q (b, s, h, k), k and v (b, n, g, k), mask (b or 1, s, n) -> out (b, s, h, k) in q's dtype, lse (b, h, s).
 
     Computed in fp32, or in fp64 where q is fp64; lse comes in the same. sink (h,) is one more score a head that takes weight and gives
-    no value; dropout is its probability and (seed, offset). A row that sees nothing gives 0, and -inf (or its sink) as lse.
+    no value; dropout is its probability and its draws. A row that sees nothing gives 0, and -inf (or its sink) as lse.
     """
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[2] // k.shape[2]
@@ -51,6 +51,6 @@ def attend_exactly(
     lse = (top + torch.log(total)).masked_fill(empty, float("-inf"))
     weights = weights / total[..., None]
     if dropout is not None:
-        probability, rng = dropout
-        weights = weights * kept(rng, shape=weights.shape, dropout_p=probability) / (1 - probability)
+        probability, draws = dropout
+        weights = weights * kept(draws, dropout_p=probability) / (1 - probability)
     return (weights @ values).transpose(1, 2).to(q.dtype).contiguous(), lse

@@ -17,20 +17,21 @@ from torch import Tensor
 
 from .attention import attention, why_not_triton
 from .cross_entropy import linear_statistics
+from .randomness import draw
 from .spans import packed_spans
 
 ALLOWED = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}  # of the 2-norm; a wrong tile is off by a tenth and more
 ROWS = 333
 
 
-def why_not(q: Tensor) -> str | None:
-    """Why the kernels are not to be used for tensors like q; None where they are."""
-    return why_not_triton(q) or _ask(str(q.device), q.dtype, q.shape[-1])
+def why_not(q: Tensor, *, dropout: bool = False) -> str | None:
+    """Why the kernels are not to be used for tensors like q; None where they are. With dropout they are others, and tested too."""
+    return why_not_triton(q) or _ask(str(q.device), q.dtype, q.shape[-1], dropout)
 
 
 @torch.compiler.assume_constant_result
-def _ask(device: str, dtype: torch.dtype, width: int) -> str | None:
-    return _disagreement(device, dtype, width)
+def _ask(device: str, dtype: torch.dtype, width: int, dropout: bool) -> str | None:
+    return _disagreement(device, dtype, width, dropout)
 
 
 def why_not_rows(x: Tensor) -> str | None:
@@ -51,9 +52,9 @@ def _rows_disagreement(device: str, dtype: torch.dtype) -> str | None:
 
 
 @cache
-def _disagreement(device: str, dtype: torch.dtype, width: int) -> str | None:
-    what = f"fused attention is not used on {device} in {dtype} at head width {width}"
-    return _trusted(lambda: disagreement(torch.device(device), dtype, width), device, what)
+def _disagreement(device: str, dtype: torch.dtype, width: int, dropout: bool) -> str | None:
+    what = f"fused attention{' with dropout' if dropout else ''} is not used on {device} in {dtype} at head width {width}"
+    return _trusted(lambda: disagreement(torch.device(device), dtype, width, dropout=dropout), device, what)
 
 
 def _trusted(test: Callable[[], str | None], device: str, what: str) -> str | None:
@@ -68,19 +69,20 @@ def _trusted(test: Callable[[], str | None], device: str, what: str) -> str | No
     return found
 
 
-def disagreement(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+def disagreement(device: torch.device, dtype: torch.dtype, width: int, *, dropout: bool = False) -> str | None:
     """The first case in which a kernel is further from fp32 PyTorch than its precision allows; None if there is none."""
     torch.manual_seed(0)
     inputs = [torch.randn(1, ROWS, heads, width, device=device).to(dtype) for heads in (4, 2, 2)]
     dout = torch.randn(1, ROWS, 4, width, device=device).to(dtype)
     documents = packed_spans(torch.tensor([0, 70, 71, 300, ROWS], device=device), tokens=ROWS, causal=True)
+    dropped = {"dropout_p": 0.2, "draws": draw(1, 4, ROWS, ROWS, device=device)} if dropout else {}
     for masked, deterministic in product((False, True), (False, True)):
         mask = {"spans": documents} if masked else {"causal": True}
         answers = []
         for impl, precision in (("triton", dtype), ("reference", torch.float32)):
             tensors = [t.detach().to(precision).requires_grad_() for t in inputs]
             with torch.autocast(device.type, enabled=False):
-                out = attention(*tensors, **mask, deterministic=deterministic, impl=impl)  # pyright: ignore[reportArgumentType]
+                out = attention(*tensors, **mask, **dropped, deterministic=deterministic, impl=impl)  # pyright: ignore[reportArgumentType]
             assert isinstance(out, Tensor)
             answers.append([out, *torch.autograd.grad(out, tensors, dout.to(precision))])
         for name, ours, exact in zip(("out", "dq", "dk", "dv"), *answers, strict=True):

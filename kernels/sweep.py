@@ -17,7 +17,7 @@ import torch
 
 from .attention import why_not_triton
 from .clock import measure
-from .randomness import draw_seed
+from .randomness import draw
 from .spans import FAR, band, packed_spans
 from .tables import BLOCKS, KERNELS, Tile, arch_of, read_tables
 
@@ -50,7 +50,7 @@ def fastest(kernel: str, block: int, kind: str, tiles: list[Tile], device: torch
     spans = None if kind == "band" else packed_spans(ends, tokens=LENGTH, causal=True)
     low, high = band(LENGTH, LENGTH, causal=True) if spans is None else (-FAR, FAR)
     dropout = 0.1 if kind == "features" else 0.0
-    x = Operands(q, k, v, spans, rng=draw_seed(device) if dropout else None)
+    x = Operands(q, k, v, spans, draws=draw(1, 16, LENGTH, LENGTH, device=device) if dropout else None)
     call = Call(low, high, width**-0.5, dropout_p=dropout, deterministic=kernel in ("by_keys", "by_rows"))
     out, lse = run_forward(x, call)
 

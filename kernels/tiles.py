@@ -14,7 +14,6 @@ from . import randomness
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NOWHERE = tl.constexpr(1 << 30)
-ON_ROWS, ON_KEYS = tl.constexpr(randomness.ROWS), tl.constexpr(randomness.KEYS)
 SCRAMBLE_0, SCRAMBLE_1 = tl.constexpr(randomness.SCRAMBLE[0]), tl.constexpr(randomness.SCRAMBLE[1])
 
 
@@ -88,20 +87,6 @@ def tanh(x):
     small = tl.math.exp2(tl.abs(x) * LOG2E * -2.0)
     magnitude = (1.0 - small) / (1.0 + small)
     return tl.where(x < 0.0, -magnitude, magnitude)
-
-
-@triton.jit
-def draw(NUMBERS, RNG, number_rows, number_keys, COUNT: tl.constexpr):
-    """NUMBERS (b h, number_rows + number_keys) int32, one for each row and each key; see randomness.py. Grid: (b h, blocks of COUNT)."""
-    head = tl.program_id(0)
-    at = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
-    on_keys = at >= number_rows
-    place = tl.where(on_keys, at - number_rows, at).to(tl.uint32)
-    side = tl.where(on_keys, ON_KEYS, ON_ROWS).to(tl.uint32)
-    zero = place & 0
-    drawn, _, _, _ = tl.philox(tl.load(RNG), place, zero + head.to(tl.uint32), zero + tl.load(RNG + 1).to(tl.uint32), side)
-    width = number_rows + number_keys
-    tl.store(NUMBERS + head.to(tl.int64) * width + at, drawn.to(tl.int32, bitcast=True), mask=at < width)
 
 
 @triton.jit

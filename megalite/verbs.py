@@ -129,7 +129,7 @@ def tune(arguments: list[str]) -> None:
 
     run, own = split_flags(arguments)
     request = _read_request("tune RECIPE|FILE.yaml --cluster NODESxGPUSxKIND", own, tuning.Tuning, positional="run")
-    sys.exit(tuning.tune(request, read_flags(run, Config)))
+    sys.exit(tuning.tune(request, read_flags(run, Config), on_slurm=_on_slurm))
 
 
 def bench(arguments: list[str]) -> None:
@@ -138,7 +138,15 @@ def bench(arguments: list[str]) -> None:
 
     run, own = split_flags(arguments)
     request = _read_request("bench RECIPE|FILE.yaml", own, benching.Benching, positional="what")
-    sys.exit(benching.bench(request, read_flags(run, Config)))
+    sys.exit(benching.bench(request, read_flags(run, Config), on_slurm=_on_slurm))
+
+
+def _on_slurm(profile: str, nodes: int, gpus: int | None) -> typing.Any:
+    """What runs a measurement on a cluster; see `cluster/measure.py`."""
+    from megalite.cluster import measure
+    from megalite.cluster.settings import read_site
+
+    return measure.starter(read_site({"profile": profile}), nodes=nodes, gpus=gpus)
 
 
 def import_(arguments: list[str]) -> None:

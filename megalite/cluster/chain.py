@@ -33,7 +33,7 @@ def read(name: str) -> list[tuple[str, list[str]]]:
     if not isinstance(document, list) or not all(isinstance(link, dict) and len(link) == 1 for link in document):
         raise UserError(f"chain file {name} must be a list of links, each `VERB: arguments`; docs/slurm.md shows one")
     links = [(verb, shlex.split(str(words))) for link in document for verb, words in link.items()]
-    known = ["train", *sorted({path.stem for path in scripts().glob("*.sbatch")} - {"pretrain", "sweep"})]
+    known = ["train", *sorted({path.stem for path in scripts().glob("*.sbatch")} - {"pretrain", "sweep", "bench"})]
     for verb, _ in links:
         if verb not in known:
             raise UserError(f"chain file {name}: {verb} cannot be a link; one of {', '.join(known)} can")

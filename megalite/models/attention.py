@@ -9,10 +9,9 @@ Shapes: b batch, s sequence, h query heads, g key-value heads, k head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from megalite_kernels import Spans, attention  # pyright: ignore[reportMissingImports] # the folder kernels/ under another name
+from megalite_kernels.randomness import Draws, kept  # pyright: ignore[reportMissingImports]
 from megalite_kernels.selftest import why_not  # pyright: ignore[reportMissingImports]
 from megalite_kernels.spans import document_spans, padding_spans  # pyright: ignore[reportMissingImports]
 from torch import Tensor
@@ -22,9 +21,9 @@ from megalite.config import Model
 from megalite.models.batch import Batch
 
 
-def is_fused(q: Tensor) -> bool:
-    """Whether the kernels do the work for queries like q (..., k): its device, precision and head width count."""
-    return q.is_cuda and why_not(q) is None
+def is_fused(q: Tensor, *, dropout: bool = False) -> bool:
+    """Whether the kernels do the work for queries like q (..., k): its device, precision and head width count, and whether they drop."""
+    return q.is_cuda and why_not(q, dropout=dropout) is None
 
 
 def with_spans(batch: Batch, *, model: Model, dtype: torch.dtype) -> Batch:
@@ -50,19 +49,20 @@ def attend(
     lengths: Tensor | None = None,
     documents: Tensor | None = None,
     spans: Tensor | None = None,
-    drop: Callable[[Tensor], Tensor] | None = None,
+    dropout: tuple[float, Draws] | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(k)) v with q (b, s, h, k), k and v (b, s, g, k), g dividing h; returns (b, s, h, k).
 
     causal: row i sees keys 0..i. lengths (b,): keys from lengths[b] on are padding that no row sees; lengths are at least 1.
     documents (b, s): the number of each token's document, never decreasing; a row sees only its own. spans (4, b, s): lengths or
-    documents as the kernels want them, from `with_spans`; built here where missing. drop: what happens to the probabilities (b, h, s, s),
-    which are kept in memory for it.
+    documents as the kernels want them, from `with_spans`; built here where missing. dropout: the share of the probabilities that is zeroed,
+    and the numbers of every row (b, h, s) and key (b, h, s) that say which. Without the kernels all of them are kept in memory for it.
     """
     assert lengths is None or (documents is None and not causal), "padding is masked for bidirectional attention only"
-    if drop is None and is_fused(q):
+    if is_fused(q, dropout=dropout is not None):
         bounds = _spans(causal=causal, lengths=lengths, documents=documents, rows=q.shape[1]) if spans is None else Spans(*spans)
-        mixed = attention(q, k, v, causal=causal and bounds is None, spans=bounds)
+        rate, draws = dropout or (0.0, None)
+        mixed = attention(q, k, v, causal=causal and bounds is None, spans=bounds, dropout_p=rate, draws=draws)
         assert isinstance(mixed, Tensor)
         return mixed
     mask = None
@@ -71,8 +71,8 @@ def attend(
     if documents is not None:
         mask = (documents[:, :, None] == documents[:, None, :])[:, None]  # (b, 1, s, s)
         mask = mask.tril() if causal else mask
-    if drop is not None:
-        return _attend_with_dropout(q, k, v, drop, mask=mask, causal=causal)
+    if dropout is not None:
+        return _attend_with_dropout(q, k, v, *dropout, mask=mask, causal=causal)
     mixed = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -84,16 +84,17 @@ def attend(
     return mixed.transpose(1, 2)
 
 
-def _attend_with_dropout(q: Tensor, k: Tensor, v: Tensor, drop: Callable[[Tensor], Tensor], *, mask: Tensor | None, causal: bool) -> Tensor:
+def _attend_with_dropout(q: Tensor, k: Tensor, v: Tensor, rate: float, draws: Draws, *, mask: Tensor | None, causal: bool) -> Tensor:
     """Step by step, for SDPA draws from a generator of its own, which no other layout can repeat."""
     repeats = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
     scores = torch.einsum("bihk,bjhk->bhij", q, k).float() * q.shape[-1] ** -0.5
-    if causal:
+    if causal and mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.einsum("bhij,bjhk->bihk", drop(scores.softmax(dim=-1)).to(v.dtype), v)
+    weights = torch.where(kept(draws, dropout_p=rate), scores.softmax(dim=-1) / (1 - rate), 0)
+    return torch.einsum("bhij,bjhk->bihk", weights.to(v.dtype), v)
 
 
 def _spans(*, causal: bool, lengths: Tensor | None, documents: Tensor | None, rows: int) -> Spans | None:

@@ -5,7 +5,8 @@ Out: the same numbers on every mesh, in every recomputation and after every resu
 other parts of a tensor drop what one process would drop there. No state is kept, so none is saved.
 
 The bits are those of splitmix64 (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195): a row of features is a stream of its own,
-seeded by a mix of everything but the feature; each 64-bit output serves four features with 16 bits each.
+seeded by a mix of everything but the feature; each 64-bit output serves four features with 16 bits each. Attention's weights are
+too many for that: a row and a key of a head have a number each, and both say whether the weight is kept (`randomness.py` of the kernels).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from megalite_kernels.randomness import Draws  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
 from megalite.models.batch import Batch
@@ -60,6 +62,16 @@ def drop(x: Tensor, seeds: Tensor, rate: float) -> Tensor:
     counters = torch.arange(1, (x.shape[-1] + 3) // 4 + 1, device=x.device) * GOLDEN
     bits = _mix(seeds.unsqueeze(-1) + counters).view(torch.int16)[..., : x.shape[-1]]
     return torch.where(bits >= dropped - 32768, x * (65536 / (65536 - dropped)), 0)
+
+
+def draws(samples: Tensor, heads: Tensor, length: int, *, site: int) -> Draws:
+    """What attention's dropout draws from: a 32-bit number for every row and every key of the heads, by their numbers in the whole model.
+
+    samples (b,) are the samples' keys, heads (h,); rows and keys stand at 0 .. length - 1.
+    """
+    places = (heads[:, None] << 32) + torch.arange(length, device=samples.device)
+    sides = (streams(samples[:, None, None], places, site=which) for which in (site, ~site))
+    return Draws(*(side.view(torch.int32)[..., ::2] for side in sides))  # the lower half of each: (b, h, length)
 
 
 def _number(text: str) -> int:

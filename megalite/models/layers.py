@@ -6,8 +6,6 @@ weights from outside. Every layer of a model is called `layer(x, batch)`; x is t
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from megalite_kernels import linear_statistics  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from torch.nn import functional as F
 from megalite.config import Model
 from megalite.models.attention import attend, positions_in, rotate
 from megalite.models.batch import Batch
-from megalite.models.dropout import Dropout, drop, streams
+from megalite.models.dropout import Dropout, draws
 
 
 def positions_of(x: Tensor, batch: Batch) -> Tensor:
@@ -57,16 +55,12 @@ class Mix(nn.Module):
         if self.rope_base is not None:
             positions = None if documents is None else positions_in(documents)
             q, k = rotate(q, self.rope_base, positions), rotate(k, self.rope_base, positions)
-        drop = partial(self._drop, samples=batch["samples"]) if self.dropout and "samples" in batch else None
+        dropout = None
+        if self.dropout and "samples" in batch:
+            heads = torch.arange(self.part * q.shape[2], (self.part + 1) * q.shape[2], device=q.device)
+            dropout = self.dropout, draws(batch["samples"], heads, q.shape[1], site=self.site)
         lengths = None if self.causal else batch["length"]
-        return attend(q, k, v, causal=self.causal, lengths=lengths, documents=documents, spans=batch.get("spans"), drop=drop)
-
-    def _drop(self, probabilities: Tensor, *, samples: Tensor) -> Tensor:
-        """Of (b, h, s, s), every row a stream of its own."""
-        num_heads = probabilities.shape[1]
-        heads = torch.arange(self.part * num_heads, (self.part + 1) * num_heads, device=samples.device)[:, None]
-        rows = torch.arange(probabilities.shape[2], device=samples.device)
-        return drop(probabilities, streams(samples[:, None, None], (heads << 32) + rows, site=self.site), self.dropout)
+        return attend(q, k, v, causal=self.causal, lengths=lengths, documents=documents, spans=batch.get("spans"), dropout=dropout)
 
 
 class Attention(nn.Module):

@@ -7,10 +7,6 @@ memory, hangs or crashes is a row, and the sweep goes on; started again, it leav
 from __future__ import annotations
 
 import itertools
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from megalite.config import Config
 from megalite.errors import UserError
 from megalite.log import open_console, quiet_foreign
 from megalite.tune import network, report
+from megalite.tune.cases import OnSlurm, Start, run_case, start_here
 from megalite.upkeep import Section
 
 
@@ -39,10 +36,14 @@ class Benching(Section):
     """A YAML file with `run`, a `grid` of settings with lists of values or a list of `layouts`, and `timeout` in seconds for each."""
     ranks: PositiveInt | None = None
     """With network: ranks to fork on a machine without a GPU; left out: 4."""
+    slurm: str | None = None
+    """With sweep: measure every layout as a SLURM job, by this profile (a name of slurm/profiles, or a .yaml file)."""
+    nodes: PositiveInt = 1
+    """With slurm: nodes a layout is measured on."""
 
 
-def bench(asked: Benching, overrides: dict[str, Any]) -> int:
-    """What was asked; returns the exit code."""
+def bench(asked: Benching, overrides: dict[str, Any], *, on_slurm: OnSlurm | None = None) -> int:
+    """What was asked; `on_slurm` serves --slurm. Returns the exit code."""
     quiet_foreign()
     if asked.what[:1] == ("compare",):
         if len(asked.what) != 3:
@@ -53,8 +54,10 @@ def bench(asked: Benching, overrides: dict[str, Any]) -> int:
         return 0
     if asked.what == ("network",):
         return network.measure_links(ranks=asked.ranks or 4, folder=Path(asked.output))
+    if asked.slurm and not asked.sweep:
+        raise UserError(f"--slurm {asked.slurm} measures the layouts of a sweep; give --sweep FILE.yaml, or submit slurm/bench.sbatch")
     if asked.sweep:
-        return sweep(Path(asked.sweep), asked)
+        return sweep(Path(asked.sweep), asked, start=on_slurm(asked.slurm, asked.nodes, None) if asked.slurm and on_slurm else start_here)
     if len(asked.what) != 1:
         raise UserError(
             f"megalite bench needs one recipe ({', '.join(settings.recipes())}) or run file, `compare A.json B.json` or `network`"
@@ -104,7 +107,7 @@ def read_sweep(path: Path) -> tuple[str, list[dict[str, Any]], float]:
     return str(document["run"]), [{**common, **case} for case in cases], float(document.get("timeout", 1800))
 
 
-def sweep(path: Path, asked: Benching) -> int:
+def sweep(path: Path, asked: Benching, *, start: Start) -> int:
     """Measure every layout, one after the other; 0 if at least one ran."""
     run, cases, timeout = read_sweep(path)
     folder, console = Path(asked.output), open_console()
@@ -113,8 +116,8 @@ def sweep(path: Path, asked: Benching) -> int:
     for number, case in enumerate(cases, 1):
         flags = [word for name, value in case.items() for word in (f"--{name}", _word(value))]
         arguments = [run, *flags, "--steps", str(asked.steps), "--warm-up", str(asked.warm_up)]
-        done = next((entry for entry in known if entry.get("arguments") == arguments), None)
-        result = done or run_case(arguments, folder / f"case-{number}", timeout=timeout)
+        done = next((entry for entry in known if entry.get("arguments") == arguments and entry.get("status") != "lost"), None)
+        result = done or run_case(arguments, folder / f"case-{number}", timeout=timeout, start=start)
         results.append({**result, "arguments": arguments})
         report.write(results, folder)
         status = result.get("status", "ok")
@@ -127,34 +130,3 @@ def sweep(path: Path, asked: Benching) -> int:
 
 def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def run_case(arguments: list[str], folder: Path, *, timeout: float) -> dict[str, Any]:
-    """One layout in a process of its own: its result, or what became of it."""
-    command = [sys.executable, "-m", "megalite", "bench", *arguments, "--output", str(folder)]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "output.log").open("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            code = process.wait(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its ranks too
-            process.wait()
-            return _failed(arguments, "timeout", f"not done after {timeout:g} s")
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        log.seek(0)
-        said = log.read()
-    if code == 0:
-        return report.read(str(folder / "results.json"))[0]
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or [f"exit code {code}"]
-    last = next((line for line in reversed(lines) if "rror" in line), lines[-1])
-    short = "out of memory" in said.lower() or "memoryerror" in said.lower() or code in (-signal.SIGKILL, 137)
-    return _failed(arguments, "oom" if short else "refused" if code == 2 else "crash", last.removeprefix("megalite: ")[:300])
-
-
-def _failed(arguments: list[str], status: str, reason: str) -> dict[str, Any]:
-    flags = arguments[1 : arguments.index("--steps")]
-    words = " ".join(f"{name.removeprefix('--')}={value}" for name, value in zip(flags[::2], flags[1::2], strict=True))
-    return {"name": arguments[0], "layout": words, "status": status, "reason": reason}

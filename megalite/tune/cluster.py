@@ -21,6 +21,7 @@ from megalite.config import suggest
 from megalite.errors import UserError
 from megalite.hardware import GIB, GPUS, Gpu
 
+HERE = re.compile(r"(?:(\d+)x)?here", re.ASCII)
 PATTERN = re.compile(r"(?:(\d+)x)?(\d+)x(?!\d+$)([\w.-]+)", re.ASCII)
 
 
@@ -63,19 +64,23 @@ class Cluster:
 
 
 def find(asked: str) -> Cluster:
-    """`NODESxGPUSxKIND`, `GPUSxKIND`, or a YAML file with the keys of clusters.yaml. Raises UserError for what is neither."""
+    """`NODESxGPUSxKIND`, `GPUSxKIND`, a YAML file with the keys of clusters.yaml, or `here`. Raises UserError for what is none of them."""
+    if match := HERE.fullmatch(asked):
+        from megalite.tune import here  # imports torch
+
+        return here.look(int(match[1]) if match[1] else None)
     if asked.endswith((".yaml", ".yml")):
         return _read(Path(asked))
     kinds = table()
     match = PATTERN.fullmatch(asked)
     if not match:
-        raise UserError(f"--cluster {asked} is no cluster; write NODESxGPUSxKIND, for instance 8x8xH100, or name a .yaml file")
+        raise UserError(f"--cluster {asked} is no cluster; write NODESxGPUSxKIND, for instance 8x8xH100, `here`, or name a .yaml file")
     nodes, gpus, kind = int(match[1] or 1), int(match[2]), match[3].lower()
     if kind not in kinds:
         raise UserError(f"--cluster {asked}: no GPU is called {match[3]!r}{suggest(kind, [*kinds])}; there are {', '.join(kinds)}")
     if nodes < 1 or gpus < 1:
         raise UserError(f"--cluster {asked} has no GPUs; nodes and GPUs are 1 or more")
-    return _build({**kinds[kind], "name": asked, "kind": kind, "nodes": nodes, "gpus": gpus}, source=asked)
+    return build({**kinds[kind], "name": asked, "kind": kind, "nodes": nodes, "gpus": gpus}, source=asked)
 
 
 def table() -> dict[str, dict[str, Any]]:
@@ -96,13 +101,14 @@ def _read(path: Path) -> Cluster:
     like = str(document.pop("like", "")).lower()
     if like and like not in table():
         raise UserError(f"--cluster {path}: like = {like}{suggest(like, [*table()])}; there are {', '.join(table())}")
-    return _build({"name": path.stem, **(table()[like] if like else {}), **document}, source=str(path))
+    return build({"name": path.stem, **(table()[like] if like else {}), **document}, source=str(path))
 
 
 KEYS = ("gpu", "usable_gib", "inside_gbs", "node_link_gbs", "host_memory_gib", "host_link_gbs", "host_bandwidth_gbs")
 
 
-def _build(said: dict[str, Any], *, source: str) -> Cluster:
+def build(said: dict[str, Any], *, source: str) -> Cluster:
+    """From what clusters.yaml says of a kind, and nodes and gpus. Raises UserError, naming the source, for what is missing or wrong."""
     missing = [key for key in (*KEYS, "nodes", "gpus") if key not in said]
     if missing:
         raise UserError(

@@ -60,13 +60,13 @@ def _of_config(config: Config, rank: int, *, sizes: tuple[int, ...]) -> dict[str
     return time_links(rank, sizes=sizes)
 
 
-def time_links(rank: int, *, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Median seconds of each collective by bytes moved a rank; of the slowest rank."""
+def time_links(rank: int, *, sizes: tuple[int, ...], kinds: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """Median seconds of each collective (or those of `kinds`) by bytes moved a rank; of the slowest rank."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     world = dist.get_world_size()
     seconds: dict[str, dict[int, float]] = {}
-    for kind, prepare in KINDS.items():
-        seconds[kind] = {}
+    for kind in kinds or tuple(KINDS):
+        prepare, seconds[kind] = KINDS[kind], {}
         for size in sizes:
             call, moved = prepare(size, world, rank, device)
             seconds[kind][moved] = _median(call, device)

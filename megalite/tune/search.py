@@ -77,9 +77,13 @@ def search(config: Config, cluster: Cluster, runtime: Runtime, *, pinned: dict[s
         fixed = f" with {', '.join(pinned)} as given" if pinned else ""
         raise UserError(f"{what}{fixed} has no layout; choose a global batch with more divisors, or give fewer settings")
     judged = judge(config, layouts, cluster, runtime)
+    return Found(config, cluster, runtime, judged, ranked(judged))
+
+
+def ranked(judged: Judged) -> Array:
+    """The rows that fit, the fastest first, of equals the smallest."""
     fits = np.flatnonzero(np.isfinite(judged.seconds))
-    order = fits[np.lexsort((judged.held[fits], judged.seconds[fits]))]
-    return Found(config, cluster, runtime, judged, order)
+    return fits[np.lexsort((judged.held[fits], judged.seconds[fits]))]
 
 
 def judge(config: Config, layouts: Layouts, cluster: Cluster, runtime: Runtime) -> Judged:

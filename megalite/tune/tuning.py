@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 import yaml
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from rich.table import Table
 
 from megalite import config as settings
@@ -20,7 +20,8 @@ from megalite.config import Config
 from megalite.errors import UserError
 from megalite.hardware import GIB
 from megalite.log import open_console
-from megalite.tune import choices, cluster, explain, runtime, scoring, search
+from megalite.tune import choices, cluster, confirm, explain, runtime, scoring, search
+from megalite.tune.cases import OnSlurm, start_here
 from megalite.tune.shape import Shape
 from megalite.upkeep import Section
 
@@ -29,7 +30,7 @@ class Tuning(Section):
     run: tuple[str, ...] = ()
     """A recipe or run file; flags of the run (--mesh.tp 4, --train.precision fp32) are kept as given and not searched over."""
     cluster: str | None = None
-    """NODESxGPUSxKIND (8x8xH100), or a YAML file with the keys of megalite/tune/clusters.yaml."""
+    """NODESxGPUSxKIND (8x8xH100), `here` (this machine; 8xhere: eight ranks of it), or a YAML file with the keys of clusters.yaml."""
     global_batch: PositiveInt | None = None
     """Sequences of an optimizer step; left out: train.global_batch."""
     sequence: PositiveInt | None = None
@@ -46,6 +47,14 @@ class Tuning(Section):
     dry_run: bool = False
     """Build rank 0 of the best layouts with the real engine on fake tensors: exact memory, FLOPs and collectives; takes a minute or so
     each."""
+    trials: NonNegativeInt = 0
+    """Run the best layouts for 15 steps each, until so many have run, and rank anew after each: here, or with slurm on the cluster."""
+    slurm: str | None = None
+    """With trials: run each as a SLURM job, by this profile (a name of slurm/profiles, or a .yaml file)."""
+    timeout: PositiveInt = 1800
+    """Seconds that a trial may take."""
+    output: str = "runs/tune"
+    """With trials: the folder for what was measured; started again, it is taken over."""
     score: str | None = None
     """A CSV of measured runs: how far off are predictions? No run is needed."""
     runtime: Literal["megalite", "nanotron", "megatron-deepspeed", "fsdp"] = "megalite"
@@ -56,8 +65,8 @@ class Tuning(Section):
     """With score: print the constants that the table gives, as constants.yaml holds them."""
 
 
-def tune(asked: Tuning, overrides: dict[str, Any]) -> int:
-    """What was asked; `overrides` are the flags of the run. Returns the exit code."""
+def tune(asked: Tuning, overrides: dict[str, Any], *, on_slurm: OnSlurm | None = None) -> int:
+    """What was asked; `overrides` are the flags of the run, `on_slurm` serves --slurm. Returns the exit code."""
     if asked.cluster is None:
         raise UserError(f"megalite tune needs --cluster NODESxGPUSxKIND, for instance 8x8xH100; kinds are {', '.join(cluster.table())}")
     machines = cluster.find(asked.cluster)
@@ -87,10 +96,40 @@ def tune(asked: Tuning, overrides: dict[str, Any]) -> int:
         from megalite.tune import rehearsal  # imports torch
 
         rehearsal.rehearse(found, rows[: asked.top])
+    best = _try(asked, found, on_slurm=on_slurm) if asked.trials else rows[0]
+    if best is None:
+        return 1
     if asked.write:
-        for line in write(found, rows[0], Path(asked.write), source=asked.run[0]):
+        for line in write(found, best, Path(asked.write), source=asked.run[0]):
             console.print(line, markup=False)
     return 0
+
+
+def _try(asked: Tuning, found: search.Found, *, on_slurm: OnSlurm | None) -> int | None:
+    """Measure, tell, and return the row that was the fastest; None where nothing ran."""
+    machines, console = found.cluster, open_console()
+    start = on_slurm(asked.slurm, machines.nodes, machines.gpus) if asked.slurm and on_slurm else start_here
+    if machines.nodes > 1 and not asked.slurm:
+        raise UserError(f"--trials {asked.trials} on {machines.name} needs {machines.nodes} nodes; give --slurm PROFILE")
+
+    def put(row: int, folder: Path) -> Path:
+        write(found, row, folder / "zero.json", source=asked.run[0])
+        return folder / "zero.yaml"
+
+    console.print("")
+    hunt, rows = confirm.confirm(
+        found, trials=asked.trials, folder=Path(asked.output), timeout=asked.timeout, start=start, write=put,
+        say=lambda text: console.print(text, markup=False),
+    )  # fmt: skip
+    console.print(confirm.table(found, hunt, rows))
+    best = hunt.best()
+    if best is None:
+        console.print("no layout ran; output.log in the folder of each trial says why", markup=False)
+        return None
+    after = confirm.learned(found, hunt)
+    console.print(f"ranked anew; constants: {after.runtime.fitted}", _table(after, after.best(asked.top)), sep="\n")
+    console.print(f"measured best  {choices.say(found.judged.layouts.row(rows[best]))}", markup=False)
+    return rows[best]
 
 
 def _read_run(asked: Tuning, overrides: dict[str, Any]) -> Config:

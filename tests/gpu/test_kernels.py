@@ -28,10 +28,11 @@ def known_gpu() -> None:
         pytest.fail(reason)
 
 
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("width", [32, 64, 80, 96, 128, 192, 256])
-def test_every_width_and_precision_agrees_with_fp32(width: int, dtype: torch.dtype) -> None:
-    assert disagreement(GPU, dtype, width) is None
+def test_every_width_and_precision_agrees_with_fp32(width: int, dtype: torch.dtype, dropout: bool) -> None:
+    assert disagreement(GPU, dtype, width, dropout=dropout) is None
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -109,10 +110,10 @@ def test_a_batch_carries_the_mask_that_attend_hands_to_the_kernels() -> None:
     assert float((ours.float().cpu() - on_cpu).norm() / on_cpu.norm()) < 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_through_the_kernels_is_as_near_to_fp32_as_training_through_sdpa(family: str) -> None:
-    """Twenty steps in bf16; losses and gradients of all steps, the error against fp32 at most twice that of SDPA."""
-    config = config_of(family, sequence=512, width=256, heads=4, layers=4, samples=4)
+@pytest.mark.parametrize(("family", "dropout"), [*((family, 0.0) for family in FAMILIES), ("bert", 0.1)])
+def test_training_through_the_kernels_is_as_near_to_fp32_as_training_through_pytorch(family: str, dropout: float) -> None:
+    """Twenty steps in bf16; losses and gradients of all steps, the error against fp32 at most twice that of PyTorch."""
+    config = config_of(family, sequence=512, width=256, heads=4, layers=4, samples=4, dropout=dropout)
     ours, theirs = (train(config, fused=fused, dtype=torch.bfloat16, device="cuda") for fused in (True, False))
     exact = train(config, fused=False, device="cuda")
     assert exact[0][-1] < 0.9 * exact[0][0], "nothing was learned"

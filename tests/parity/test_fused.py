@@ -24,16 +24,17 @@ MESHES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-def _config(model: str, mesh: str = "", *, document_mask: bool = False, **train: Any) -> Config:
+def _config(model: str, mesh: str = "", *, document_mask: bool = False, dropout: float = 0.0, **train: Any) -> Config:
     settings = MESHES[mesh][0] if mesh else {}
     batch = {"micro_batch": 2 if "dp" in settings else 4}  # four microbatches a step
     config = config_of(**MODELS[model], **{"layers": 4, **batch, **settings, **train})
-    return config.model_copy(update={"data": config.data.model_copy(update={"document_mask": document_mask})})
+    shape = config.model.model_copy(update={"attention_dropout": dropout})
+    return config.model_copy(update={"model": shape, "data": config.data.model_copy(update={"document_mask": document_mask})})
 
 
 @functools.cache
-def _plain(model: str, document_mask: bool) -> list[Any]:
-    return reference(_config(model, document_mask=document_mask))
+def _plain(model: str, document_mask: bool, dropout: float = 0.0) -> list[Any]:
+    return reference(_config(model, document_mask=document_mask, dropout=dropout))
 
 
 def _use_the_kernels() -> None:
@@ -55,7 +56,7 @@ def _use_the_kernels() -> None:
 
     megalite.engine.with_spans = once
     attention._spans = _refuse
-    attention.is_fused = lambda q: True
+    attention.is_fused = lambda q, dropout=False: True
     attention.attention = functools.partial(fused, impl="reference")
 
 
@@ -82,13 +83,14 @@ def test_documents_are_kept_apart_on_every_mesh(mesh: str, model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "model"), [("cp2-pp2", "gpt2"), ("dp2", "bert"), pytest.param("pp2-tp2-split", "llama", marks=pytest.mark.slow)]
+    ("mesh", "model", "dropout"),
+    [("cp2-pp2", "gpt2", 0.2), ("dp2", "bert", 0.0), pytest.param("pp2-tp2-split", "llama", 0.2, marks=pytest.mark.slow)],
 )
-def test_fused_attention_computes_what_sdpa_does_with_masks_built_once_a_batch(mesh: str, model: str) -> None:
-    config, stage = _config(model, mesh, document_mask=model != "bert"), MESHES[mesh][1]
+def test_fused_attention_computes_what_pytorch_does_with_masks_built_once_a_batch(mesh: str, model: str, dropout: float) -> None:
+    config, stage = _config(model, mesh, document_mask=model != "bert", dropout=dropout), MESHES[mesh][1]
     document = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     ours = parity.assemble(parity.on_mesh(config, document, steps=STEPS, plant=_use_the_kernels), steps=STEPS)
-    assert_same(ours, _plain(model, model != "bert"), tied=models.tied(config.model))
+    assert_same(ours, _plain(model, model != "bert", dropout), tied=models.tied(config.model))
 
 
 @pytest.mark.parametrize(("mesh", "model"), _in_turn(("bert", "gpt2", "llama")))

@@ -44,6 +44,19 @@ def test_an_array_of_four_rows_gives_a_table_in_which_one_has_failed(cluster: Cl
 
 
 @pytest.mark.slow
+def test_layouts_are_measured_as_jobs_of_their_own_and_one_that_cannot_run_is_a_row(cluster: Cluster) -> None:
+    flags = {"model.vocab": 64, "mesh.pp": 1, "mesh.tp": 1, "train.global_batch": 4, "train.micro_batch": 1, "deepspeed": "zero2"}
+    (cluster.folder / "layouts.yaml").write_text(
+        yaml.safe_dump({"run": "gpt-tiny", "flags": flags, "grid": {"mesh.dp": [4, 3]}, "timeout": 300})
+    )
+    words = ["--steps", "2", "--warm-up", "1", "--slurm", cluster.profile(ranks_per_node=2), "--nodes", "2", "--output", "measured"]
+    said = cluster.megalite("bench", "--sweep", "layouts.yaml", *words)
+    good, bad = json.loads((cluster.folder / "measured/results.json").read_text())
+    assert good["ranks"] == 4 and good["seconds"]["min"] > 0
+    assert bad["status"] == "refused" and "dp*pp*tp = 3*1*1 = 3, but 4 ranks" in bad["reason"], said
+
+
+@pytest.mark.slow
 def test_a_chain_prepares_trains_on_what_was_prepared_judges_and_exports_it(cluster: Cluster) -> None:
     text = cluster.folder / "text.txt"
     text.write_text("\n\n".join(f"The {number}th document tells of numbers like {number * 7}." for number in range(2000)))

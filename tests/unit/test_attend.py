@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megalite.models.attention import attend, rotate
+from megalite.models.dropout import draws
 
 ENDS = [0, 5, 6, 14, 20]
 DOCUMENTS = torch.repeat_interleave(torch.arange(4), torch.tensor(ENDS).diff())[None].expand(2, -1)
@@ -23,6 +24,19 @@ def test_documents_do_not_see_each_other(causal: bool) -> None:
         part = [t[:, a:b] for t in (q, k, v)]
         alone = attend(rotate(part[0], 1e4), rotate(part[1], 1e4), part[2], causal=causal)
         torch.testing.assert_close(together[:, a:b], alone)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout_keeps_documents_apart_too(causal: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 20, 4, 8, dtype=torch.float64) for _ in range(3))
+    drawn = draws(torch.arange(2), torch.arange(4), 20, site=1)
+    together = attend(q, k, v, causal=causal, documents=DOCUMENTS, dropout=(0.3, drawn))
+    assert not torch.allclose(together, attend(q, k, v, causal=causal, documents=DOCUMENTS))
+    for a, b in pairwise(ENDS):
+        part = [t[:, a:b] for t in (q, k, v)]
+        alone = attend(*part, causal=causal, dropout=(0.3, type(drawn)(*(side[..., a:b] for side in drawn))))
+        torch.testing.assert_close(together[:, a:b], alone, rtol=1e-6, atol=1e-6)  # the softmax is in fp32
 
 
 def test_positions_in_order_change_nothing() -> None:

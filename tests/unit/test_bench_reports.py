@@ -11,7 +11,7 @@ import pytest
 from megalite import config as settings
 from megalite.errors import UserError
 from megalite.models import counts
-from megalite.tune import benching, network, report
+from megalite.tune import benching, cases, network, report
 from megalite.tune.bench import layout, summarise
 
 
@@ -85,9 +85,9 @@ def test_a_sweep_is_a_grid_and_a_list(tmp_path: Path) -> None:
 
 def test_a_run_that_is_refused_and_one_that_hangs_are_rows(tmp_path: Path) -> None:
     arguments = ["gpt-tiny", "--model.vocab", "64", "--mesh.tp", "3", "--steps", "2", "--warm-up", "0"]
-    refused = benching.run_case(arguments, tmp_path / "a", timeout=120)
+    refused = cases.run_case(arguments, tmp_path / "a", timeout=120)
     assert refused["status"] == "refused" and "not divisible by mesh.tp = 3" in refused["reason"]
-    late = benching.run_case(arguments, tmp_path / "b", timeout=0.01)
+    late = cases.run_case(arguments, tmp_path / "b", timeout=0.01)
     assert (late["status"], late["layout"]) == ("timeout", "model.vocab=64 mesh.tp=3")
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megalite_kernels.randomness import kept  # pyright: ignore[reportMissingImports]
 
 from megalite import models
 from megalite.config import Model
-from megalite.models.dropout import Dropout, drop, name_sites, sample_keys, streams
+from megalite.models.dropout import Dropout, draws, drop, name_sites, sample_keys, streams
 
 ROWS = streams(sample_keys(torch.arange(64), seed=1, step=0)[:, None], torch.arange(64), site=3)  # (64, 64)
 
@@ -75,3 +76,31 @@ def test_a_site_is_called_alike_in_the_whole_model_and_in_a_layer_alone() -> Non
     alone = make()
     name_sites(alone, name)
     assert alone.mlp_dropout.site == whole.get_submodule(name).mlp_dropout.site  # type: ignore[union-attr]
+
+
+def _attention(samples: torch.Tensor, heads: torch.Tensor, *, length: int = 96, site: int = 3, rate: float = 0.3) -> torch.Tensor:
+    """1 where a weight is dropped, (b, h, s, s)."""
+    return 1 - kept(draws(samples, heads, length, site=site), dropout_p=rate).double()
+
+
+def test_attention_drops_evenly_and_independently() -> None:
+    """Rates, neighbours along every dim, rows against keys, and four weights of two rows and two keys, within five standard deviations."""
+    rate, dropped = 0.3, _attention(sample_keys(torch.arange(8), seed=1, step=0), torch.arange(6))
+    z = (dropped - rate) / math.sqrt(rate * (1 - rate))
+    assert abs(z.mean()) < 5 / math.sqrt(z.numel())
+    for dim in range(4):
+        pairs = z.narrow(dim, 1, z.shape[dim] - 1) * z.narrow(dim, 0, z.shape[dim] - 1)
+        assert abs(pairs.mean()) < 5 / math.sqrt(pairs.numel()), f"neighbours along {dim}"
+    mirrored = z * z.transpose(2, 3)
+    assert abs(mirrored[..., ~torch.eye(96, dtype=torch.bool)].mean()) < 5 * math.sqrt(2 / z.numel()), "rows draw what keys draw"
+    corners = z[:, :, 1:, 1:] * z[:, :, :-1, 1:] * z[:, :, 1:, :-1] * z[:, :, :-1, :-1]
+    assert abs(corners.mean()) < 5 / math.sqrt(corners.numel())
+
+
+def test_heads_and_a_longer_sequence_draw_as_in_the_whole_and_sites_and_samples_of_their_own() -> None:
+    samples = sample_keys(torch.arange(3), seed=1, step=0)
+    whole = _attention(samples, torch.arange(8))
+    assert torch.equal(_attention(samples[1:], torch.arange(4, 6)), whole[1:, 4:6])
+    assert torch.equal(_attention(samples, torch.arange(8), length=40), whole[:, :, :40, :40])
+    for other in (_attention(samples, torch.arange(8), site=4), _attention(samples.roll(1), torch.arange(8))):
+        assert abs(float((other * whole).mean()) - 0.3**2) < 0.005

@@ -11,7 +11,7 @@ import pytest
 import torch
 from megalite_kernels import attention
 from megalite_kernels.attention import _say_once
-from megalite_kernels.randomness import draw_seed, kept, philox
+from megalite_kernels.randomness import Draws, draw, kept
 from megalite_kernels.spans import packed_spans
 from torch.nn import functional as F
 
@@ -66,6 +66,7 @@ def test_a_gpu_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         ({"scale": -1.0}, "scale = -1.0"),
         ({"softcap": -1.0}, "softcap = -1.0"),
         ({"dropout_p": 1.0}, "dropout_p = 1.0"),
+        ({"dropout_p": 0.1, "draws": Draws(*torch.zeros(2, 2, 2, 7, dtype=torch.int32))}, "draws.rows is \\(2, 2, 7\\) torch.int32"),
         ({"window": 0}, "window = 0"),
         ({"sink": torch.zeros(3)}, "sink \\(3,\\)"),
         ({"key_lengths": torch.tensor([1, 2, 3])}, "key_lengths \\(3,\\)"),
@@ -85,18 +86,11 @@ def test_what_cannot_be_computed_is_refused(change: dict[str, Any], words: str) 
     assert "\n" not in str(raised.value)
 
 
-def test_philox_is_philox() -> None:
-    """The known answers that come with the paper's library (Random123)."""
-    as_int = lambda *words: tuple(torch.tensor(word) for word in words)  # noqa: E731
-    assert philox(torch.tensor(0), as_int(0, 0, 0, 0)) == 0x6627E8D5
-    assert philox(torch.tensor(-1), as_int(*[0xFFFFFFFF] * 4)) == 0x408F276D
-
-
 def test_dropout_is_even_and_independent() -> None:
     """Rates, and correlations between neighbours along every dim, within five standard deviations."""
     torch.manual_seed(4)
     shape, p = (2, 3, 256, 320), 0.3
-    left = 1 - kept(draw_seed(torch.device("cpu")), shape=shape, dropout_p=p).double()
+    left = 1 - kept(draw(*shape, device=torch.device("cpu")), dropout_p=p).double()
     deviation = (p * (1 - p)) ** 0.5
     assert abs(left.mean() - p) < 5 * deviation / left.numel() ** 0.5
     for dim, size in ((2, 320), (3, 256)):
@@ -109,12 +103,29 @@ def test_dropout_is_even_and_independent() -> None:
     assert corners.mean().abs() < 5 / corners.numel() ** 0.5
 
 
-def test_two_seeds_draw_differently() -> None:
-    draw = lambda *rng: kept(torch.tensor(rng), shape=(1, 2, 64, 64), dropout_p=0.5).double()  # noqa: E731
-    same, seed, offset = draw(1, 2), draw(3, 2), draw(1, 4)
-    assert torch.equal(same, draw(1, 2))
-    for other in (seed, offset):
-        assert abs(float((same == other).double().mean()) - 0.5) < 0.05
+def test_a_seed_draws_the_same_again_and_two_seeds_draw_differently() -> None:
+    def drawn(seed: int, calls: int = 1) -> torch.Tensor:
+        torch.manual_seed(seed)
+        for _ in range(calls):
+            draws = draw(1, 2, 64, 64, device=torch.device("cpu"))
+        return kept(draws, dropout_p=0.5)
+
+    assert torch.equal(drawn(1), drawn(1))
+    for other in (drawn(3), drawn(1, calls=2)):
+        assert abs(float((drawn(1) == other).double().mean()) - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_given_draws_decide_what_is_dropped(packed: bool) -> None:
+    torch.manual_seed(5)
+    q, k, v = (torch.randn(1, 9, heads, 16) for heads in (4, 2, 2))
+    draws = draw(1, 4, 9, 9, device=q.device)
+    given = (q[0], k[0], v[0]) if packed else (q, k, v)
+    ours = attention(*given, dropout_p=0.4, draws=draws, impl="reference")
+    scores = torch.einsum("bihk,bjhk->bhij", q, k.repeat_interleave(2, 2)) / 4
+    weights = scores.softmax(-1) * kept(draws, dropout_p=0.4) / 0.6
+    truth = torch.einsum("bhij,bjhk->bihk", weights, v.repeat_interleave(2, 2))
+    torch.testing.assert_close(ours, truth[0] if packed else truth)
 
 
 def test_nothing_needs_triton_on_a_cpu() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from megalite_kernels import attention, launch, selftest
-from megalite_kernels.randomness import draw_seed, kept
+from megalite_kernels.randomness import draw, kept
 from megalite_kernels.spans import FAR, band, packed_spans
 from megalite_kernels.tables import Tile
 from oracle import grid, judge
@@ -45,7 +45,7 @@ def test_features_and_their_gradients(features: tuple[str, ...], causal: bool, d
     given = dict(options)
     if "dropout" in features:
         torch.manual_seed(7)
-        options["keep"] = kept(draw_seed(torch.device("cpu")), shape=(2, 2, 70, 70), dropout_p=0.3) / 0.7
+        options["keep"] = kept(draw(2, 2, 70, 70, device=torch.device("cpu")), dropout_p=0.3) / 0.7
         given["dropout_p"] = 0.3
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, *sink: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def test_no_result_hangs_on_the_tile(rows: int, keys: int) -> None:
     torch.manual_seed(rows)
     q, k, v, dout = (torch.randn(1, 135, h, 32) for h in (2, 1, 1, 2))
     mask = packed_spans(torch.tensor([3, 60, 130]), tokens=135, causal=True)
-    x = launch.Operands(q, k, v, mask, rng=draw_seed(q.device))
+    x = launch.Operands(q, k, v, mask, draws=draw(1, 2, 135, 135, device=q.device))
     answers = []
     for tile in (Tile(64, 64, 4, 1), Tile(rows, keys, 4, 1)):
         for deterministic in (False, True):
@@ -166,7 +166,7 @@ def test_the_self_test_passes_right_kernels_and_names_wrong_ones(monkeypatch: py
     monkeypatch.setattr(selftest, "ROWS", 150)
     documents = torch.tensor([0, 70, 71, 130, 150])
     monkeypatch.setattr(selftest, "packed_spans", lambda _, **kw: packed_spans(documents, **kw))
-    assert selftest.disagreement(cpu, torch.float32, 32) is None
+    assert selftest.disagreement(cpu, torch.float32, 32, dropout=True) is None
     original = launch.run_backward
 
     def wrong(dout: Tensor, dlse: Any, out: Tensor, lse: Tensor, x: Any, call: Any) -> tuple[Tensor, ...]:
@@ -176,7 +176,7 @@ def test_the_self_test_passes_right_kernels_and_names_wrong_ones(monkeypatch: py
         return dq, dk, dv
 
     monkeypatch.setattr(launch, "run_backward", wrong)
-    assert "dk is off" in str(selftest.disagreement(cpu, torch.float32, 32))
+    assert "dk is off" in str(selftest.disagreement(cpu, torch.float32, 32, dropout=True))
     monkeypatch.setattr(launch, "run_forward", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="division by zero"):
-        assert "it failed" in str(selftest._disagreement("cpu", torch.float32, 32))
+        assert "it failed" in str(selftest._disagreement("cpu", torch.float32, 32, False))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from megalite_kernels import Spans, attention
+from megalite_kernels.randomness import draw
 from megalite_kernels.spans import packed_spans
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -92,8 +93,8 @@ def test_opcheck_finds_nothing(features: str) -> None:
     q, k, v = _inputs()
     spans = SPANS if features == "spans" else (None,) * 4
     sink = torch.zeros(4, requires_grad=True) if "sink" in features else None
-    rng, dropout_p = (torch.tensor([1, 2]), 0.2) if "dropout" in features else (None, 0.0)
-    torch.library.opcheck(FORWARD, (q, k, v, *spans, sink, rng, -100, 100, 0.2, 0.0, dropout_p, True))
+    draws, dropout_p = (draw(2, 4, 50, 50, device=q.device), 0.2) if "dropout" in features else ((None, None), 0.0)
+    torch.library.opcheck(FORWARD, (q, k, v, *spans, sink, *draws, -100, 100, 0.2, 0.0, dropout_p, True))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -1,4 +1,4 @@
-"""Twenty steps through the kernels are twenty steps through SDPA, losses and gradients, in fp32."""
+"""Twenty steps through the kernels are twenty steps through SDPA, or with dropout through plain PyTorch: losses and gradients, in fp32."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 from training import FAMILIES, STEPS, config_of, distance, train
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_through_the_kernels_is_training_through_sdpa(family: str) -> None:
-    config = config_of(family, sequence=40, width=32, heads=2, layers=1, samples=1)  # more rows than one tile has
+@pytest.mark.parametrize(("family", "dropout"), [*((family, 0.0) for family in FAMILIES), ("bert", 0.2)])
+def test_training_through_the_kernels_is_training_through_pytorch(family: str, dropout: float) -> None:
+    config = config_of(family, sequence=40, width=32, heads=2, layers=1, samples=1, dropout=dropout)  # more rows than one tile has
     (ours, our_gradients), (theirs, their_gradients) = (train(config, fused=fused) for fused in (True, False))
     assert theirs[-1] < 0.9 * theirs[0], "nothing was learned"
     assert ours == pytest.approx(theirs, rel=1e-5)

@@ -23,9 +23,10 @@ STEPS = 20
 FAMILIES = ("gpt", "bert")
 
 
-def config_of(family: str, *, sequence: int, width: int, heads: int, layers: int, samples: int) -> Config:
+def config_of(family: str, *, sequence: int, width: int, heads: int, layers: int, samples: int, dropout: float = 0.0) -> Config:
     style = {"positions": "rope", "norm": "rms", "activation": "swiglu", "bias": False, "kv_heads": heads // 2, "tied": False}
     shape = {"family": family, "layers": layers, "width": width, "heads": heads, "vocab": 61, "sequence": sequence, "init_std": 0.1}
+    shape["attention_dropout"] = dropout
     return Config.model_validate(
         {
             "model": {**shape, **(style if family == "gpt" else {"activation": "gelu"})},
@@ -45,7 +46,7 @@ def attending(fused: bool) -> Iterator[list[tuple[int, ...]]]:
         seen.append(tuple(q.shape))
         return original(q, *args, **kwargs, impl="triton")
 
-    with mock.patch.object(attention, "is_fused", lambda q: fused), mock.patch.object(attention, "attention", run):
+    with mock.patch.object(attention, "is_fused", lambda q, dropout=False: fused), mock.patch.object(attention, "attention", run):
         yield seen
 
 
@@ -61,6 +62,8 @@ def train(config: Config, *, fused: bool, dtype: torch.dtype = torch.float32, de
             targets = batch["labels"] != -100
             batch["weights"] = targets / targets.sum()
             batch["pair_weights"] = torch.full((len(targets),), 1 / len(targets), device=device)
+            if config.model.attention_dropout:
+                batch["samples"] = models.sample_keys(torch.arange(len(targets), device=device), seed=1, step=step)
             batch = attention.with_spans(batch, model=config.model, dtype=dtype)
             assert ("spans" in batch) == fused
             loss = whole(batch).sum()
