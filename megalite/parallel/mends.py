@@ -6,6 +6,7 @@ no longer needed. How the facts were found: docs/design/zero.md.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -62,19 +63,40 @@ def bound_live_parameters() -> None:
 
     DeepSpeed 0.19.8 keeps a weight that its prefetcher saw to be needed again, however many it keeps; the trace of a whole step
     needs each again and again, so all of a stage stayed gathered whatever the limit. Above it, a module now frees its own at once.
+
+    Below it the decision is DeepSpeed's: what is needed again within `stage3_max_reuse_distance` stays. But DeepSpeed reads the trace up to
+    that distance for every module of it, also when nothing is left to decide; the trace of a whole step being long, that was two fifths of
+    a small model's first three steps. Here the reading ends with the last weight that might be freed.
     """
     coordinator = zero_coordinator.PartitionedParameterCoordinator
     decide = getattr(coordinator, f"{PRIVATE}params_to_release")
-    if getattr(decide, "bounded", False):
+    if hasattr(decide, "instead_of"):
         return
 
     def bounded(self: Any, module: nn.Module, step_id: int) -> set[int]:
-        if getattr(self, f"{PRIVATE}n_available_params") > getattr(self, f"{PRIVATE}max_n_available_params"):
-            own: list[Any] = list(zero_coordinator.iter_params(module))
-            return {parameter.ds_id for parameter in own if not parameter.ds_persist}
-        return decide(self, module, step_id)
+        own: list[Any] = list(zero_coordinator.iter_params(module))
+        free = {parameter.ds_id: parameter for parameter in own if not parameter.ds_persist}
+        if free and getattr(self, f"{PRIVATE}n_available_params") <= getattr(self, f"{PRIVATE}max_n_available_params"):
+            return set(_not_needed_soon(self, module, step_id))
+        return set(free)
 
-    bounded.bounded = True  # type: ignore[attr-defined]
+    @functools.cache  # as DeepSpeed's own: the trace does not change
+    def _not_needed_soon(self: Any, module: nn.Module, step_id: int) -> frozenset[int]:
+        fetched, order, distance = (
+            getattr(self, f"{PRIVATE}{name}")
+            for name in ("most_recent_step_id_param_fetched_for", "submodule_order", "max_reuse_dist_in_numel")
+        )
+        own: list[Any] = list(zero_coordinator.iter_params(module))
+        free = {parameter.ds_id for parameter in own if not parameter.ds_persist and fetched[parameter] <= step_id}
+        for at in range(step_id, len(order)):
+            if not free or distance <= 0:
+                break
+            used: list[Any] = list(zero_coordinator.iter_params(order[at]))
+            free -= {parameter.ds_id for parameter in used}
+            distance -= sum(parameter.ds_numel for parameter in used)
+        return frozenset(free)
+
+    bounded.instead_of = decide  # type: ignore[attr-defined]
     setattr(coordinator, f"{PRIVATE}params_to_release", bounded)
 
 

@@ -5,20 +5,25 @@ When one of these fails, DeepSpeed has changed: see whether the mend can go, and
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megalite import launch
+from megalite.config import Config
 from megalite.crew import RankError
 from megalite.mesh import Mesh
 from megalite.parallel import mends, zero
+from megalite.tune import parity
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))
 from compare import config_of, difference, on_mesh, reference
@@ -115,3 +120,41 @@ def test_deepspeed_takes_slow_fp16_for_none() -> None:
         pytest.skip("this CPU has fast fp16, which DeepSpeed sees")
     assert torch.ones(2, 2, dtype=torch.float16).mm(torch.ones(2, 2, dtype=torch.float16)).sum() == 8
     assert not CPU_Accelerator().is_fp16_supported()
+
+
+def _decide_twice(rank: int, *, config: Config, distance: int) -> tuple[int, int]:
+    """Weights that are let go, decided by our mend and by what it is instead of; how many modules of the trace each read for it."""
+    import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
+
+    zero_3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": distance}
+    engine = parity.start_engine(config, {"zero_optimization": zero_3})
+    name, read = f"{mends.PRIVATE}params_to_release", Counter()
+    ours = getattr(zero_coordinator.PartitionedParameterCoordinator, name)
+    iter_params, who = zero_coordinator.iter_params, ["nobody"]
+
+    def count(module: nn.Module, recurse: bool = False):
+        read[who[0]] += 1
+        return iter_params(module, recurse=recurse)
+
+    def both(self: Any, module: nn.Module, step_id: int) -> set[int]:
+        who[0] = "ours"
+        mine = ours(self, module, step_id)
+        who[0] = "theirs"
+        assert mine == ours.instead_of(self, module, step_id)
+        who[0] = "nobody"
+        return mine
+
+    zero_coordinator.iter_params = count
+    setattr(zero_coordinator.PartitionedParameterCoordinator, name, both)
+    for step in range(3):
+        engine.step(step, parity.microbatches(parity.batch_of(config, step), config, dp=engine.mesh.dp, dp_rank=engine.mesh.dp_rank))
+    return read["ours"], read["theirs"]
+
+
+@pytest.mark.parametrize("distance", [0, 20_000, 1_000_000_000])
+def test_what_stays_gathered_is_what_deepspeed_decides_with_less_reading(distance: int) -> None:
+    """Of the whole trace of a step DeepSpeed reads all up to the distance, and as often as there are modules in it."""
+    config = config_of(dp=2, pp=2, layers=4)
+    work = functools.partial(_decide_twice, config=config, distance=distance)
+    for ours, theirs in launch.run_ranks(4, work, warm=("megalite.engine",)):
+        assert distance == 0 or ours < theirs / 2
