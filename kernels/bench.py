@@ -194,16 +194,22 @@ def _gigabytes(row: Row, name: str) -> str:
     return f" ({row.memory[name] / 1e9:.2f} GB)" if name in row.memory else ""
 
 
+def why_nothing() -> str | None:
+    """Why there is nothing to measure here, and where there would be; None where there is."""
+    there = torch.cuda.is_available()
+    reason = why_not_triton(torch.empty(0, device="cuda", dtype=torch.bfloat16)) if there else "there is no GPU"
+    return reason and f"nothing is measured: {reason}; run this where there is an NVIDIA GPU of sm80 or newer, or a gfx942"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megalite_kernels.bench", description=__doc__)
     parser.add_argument("--output", type=Path, help="also write every time as JSON")
     chosen = parser.parse_args(arguments)
     say = lambda text: sys.stdout.write(text + "\n")  # noqa: E731
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reason = "there is no GPU" if device.type == "cpu" else why_not_triton(torch.empty(0, device=device, dtype=torch.bfloat16))
-    if reason:
-        say(f"nothing is measured: {reason}; run this where there is an NVIDIA GPU of sm80 or newer, or a gfx942")
+    if reason := why_nothing():
+        say(reason)
         return 2
+    device = torch.device("cuda")
     torch.manual_seed(0)
     rows: list[Row] = []
     for backward, width, causal, length in itertools.product((False, True), (128, 64), (True, False), (2048, 8192, 16384)):

@@ -65,7 +65,7 @@ Pretrain GPT and BERT with DeepSpeed ZeRO-3 together with pipeline and tensor pa
   megalite tune RECIPE|FILE.yaml --cluster 8x8xH100 [--write ds_configs/tuned.json] [--explain 1] [--dry-run] ...
       Which layout fits and is fastest there? Predicted, without a GPU.
 
-  megalite bench RECIPE|FILE.yaml [--steps 30] | --sweep FILE.yaml | compare A.json B.json | network
+  megalite bench RECIPE|FILE.yaml [--steps 30] | --sweep FILE.yaml | compare A.json B.json | network | kernels
       Tokens a second, FLOP/s, memory, and where the time goes; measured.
 
   megalite import NAME|FOLDER --output RUN_FOLDER

@@ -25,7 +25,7 @@ from megalite.upkeep import Section
 
 class Benching(Section):
     what: tuple[str, ...] = ()
-    """A recipe or run file; or `compare A.json B.json`; or `network`."""
+    """A recipe or run file; or `compare A.json B.json`; or `network`; or `kernels`."""
     steps: PositiveInt = 30
     """Steps that are measured."""
     warm_up: NonNegativeInt = 5
@@ -54,15 +54,28 @@ def bench(asked: Benching, overrides: dict[str, Any], *, on_slurm: OnSlurm | Non
         return 0
     if asked.what == ("network",):
         return network.measure_links(ranks=asked.ranks or 4, folder=Path(asked.output))
+    if asked.what == ("kernels",):
+        return _bench_kernels(Path(asked.output))
     if asked.slurm and not asked.sweep:
         raise UserError(f"--slurm {asked.slurm} measures the layouts of a sweep; give --sweep FILE.yaml, or submit slurm/bench.sbatch")
     if asked.sweep:
         return sweep(Path(asked.sweep), asked, start=on_slurm(asked.slurm, asked.nodes, None) if asked.slurm and on_slurm else start_here)
     if len(asked.what) != 1:
         raise UserError(
-            f"megalite bench needs one recipe ({', '.join(settings.recipes())}) or run file, `compare A.json B.json` or `network`"
+            f"megalite bench needs one recipe ({', '.join(settings.recipes())}) or run file, `compare A.json B.json`, "
+            "`network` or `kernels`"
         )
     return bench_run(_complete(settings.load(asked.what[0], overrides=overrides), asked), asked)
+
+
+def _bench_kernels(folder: Path) -> int:
+    """The fused kernels beside their peers; refused where there is no GPU for them."""
+    from megalite_kernels.bench import main, why_nothing  # pyright: ignore[reportMissingImports]
+
+    if reason := why_nothing():
+        raise UserError(f"megalite bench kernels: {reason}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return main(["--output", str(folder / "kernels.json")])
 
 
 def _complete(config: Config, asked: Benching) -> Config:

@@ -102,3 +102,9 @@ def test_a_line_through_the_times_of_a_link_is_found() -> None:
 def test_a_layout_is_said_in_few_words() -> None:
     config = settings.load("gpt-1.3b", overrides={"mesh": {"dp": 2, "pp": 2, "tp": 2}, "train": {"recompute": "full"}})
     assert layout(config) == "dp2 pp2 tp2 zero2 micro4 1f1b full bf16"
+
+
+def test_kernels_are_not_measured_without_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing is measured: there is no GPU; run this where there is an NVIDIA GPU"):
+        benching.bench(benching.Benching(what=("kernels",), output=str(tmp_path / "out")), {})
+    assert not (tmp_path / "out").exists()

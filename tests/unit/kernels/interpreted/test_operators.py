@@ -43,7 +43,7 @@ def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointP
 SELECTIVE = partial(create_selective_checkpoint_contexts, _keep_attention)
 WAYS = {
     "compiled": lambda: torch.compile(attend, fullgraph=True, backend="aot_eager"),
-    "inductor": lambda: torch.compile(attend, fullgraph=True),
+    "compiled by inductor": lambda: torch.compile(attend, fullgraph=True),
     "checkpointed": lambda: partial(checkpoint, attend, use_reentrant=False),
     "checkpointed, attention saved": lambda: partial(checkpoint, attend, use_reentrant=False, context_fn=SELECTIVE),
     "compiled, attention saved": lambda: torch.compile(
@@ -52,7 +52,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+# inductor calls a C++ compiler, for a minute
+@pytest.mark.parametrize("way", [pytest.param(way, marks=(pytest.mark.slow,) if "inductor" in way else ()) for way in WAYS])
 def test_every_way_to_run_gives_the_numbers_of_eager(way: str) -> None:
     for ours, eager in zip(_gradients(WAYS[way]()), _gradients(attend), strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-6)
