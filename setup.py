@@ -17,7 +17,7 @@ setup(
     package_dir={"megalite_kernels": "kernels", "megalite_ds_configs": "ds_configs", "megalite_slurm": "slurm"},
     package_data={
         "megalite": ["recipes/*.yaml", "tune/*.yaml"],
-        "megalite_kernels": ["tables.json"],
+        "megalite_kernels": ["tables.json", "proven.json"],
         "megalite_ds_configs": ["*.json"],
         "megalite_slurm": ["*.sbatch", "profiles/*.yaml"],
     },

@@ -75,6 +75,11 @@ class Report:
 
 def inspect(kernel: str, arch: str, *, width: int, spans: bool, tile: Tile, dtype: str = "bf16", **features: bool) -> Report:
     """Compile for "sm80", "sm90", "sm100" or "gfx942"; features: softcap, sinks, dropout. Takes seconds, or none from Triton's cache."""
+    source = source_of(kernel, width=width, spans=spans, tile=tile, dtype=dtype, **features)
+    return _compile(source, arch, {"num_warps": tile.warps, "num_stages": tile.stages})
+
+
+def source_of(kernel: str, *, width: int, spans: bool, tile: Tile, dtype: str = "bf16", **features: bool) -> ASTSource:
     function = FUNCTIONS[kernel]
     constants = _constants(kernel, function.arg_names, width=width, spans=spans, tile=tile, features=features)
     signature = {
@@ -83,8 +88,7 @@ def inspect(kernel: str, arch: str, *, width: int, spans: bool, tile: Tile, dtyp
     }
     aligned = [n for n, t in signature.items() if t.startswith("*") or n.endswith(("_batch", "_row", "_head")) or n.startswith("number_")]
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    return _compile(source, arch, {"num_warps": tile.warps, "num_stages": tile.stages})
+    return ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def _compile(source: ASTSource, arch: str, options: dict[str, Any]) -> Report:
@@ -99,14 +103,18 @@ def _compile(source: ASTSource, arch: str, options: dict[str, Any]) -> Report:
 
 def inspect_entry(arch: str, entry: Entry) -> list[str]:
     """The faults of one entry of a table; a compiler that gives up is one too."""
-    kernel, block, kind, tile = entry
-    width = block - block // 4 if kind == "padded" else block
     try:
-        spans, dropout = kind in ("spans", "features", "padded"), kind == "features"
-        report = inspect(kernel, arch, width=width, spans=spans, tile=tile, dropout=dropout)
+        report = inspect(entry[0], arch, **asked_of(entry))
     except Exception as error:  # the compiler's errors have no class of their own
         return [f"does not compile: {str(error).strip()[-200:]}"]
-    return report.faults(products=kernel != "prepare")
+    return report.faults(products=entry[0] != "prepare")
+
+
+def asked_of(entry: Entry) -> dict[str, Any]:
+    """What an entry stands for."""
+    _kernel, block, kind, tile = entry
+    width = block - block // 4 if kind == "padded" else block
+    return {"width": width, "spans": kind in ("spans", "features", "padded"), "tile": tile, "dropout": kind == "features"}
 
 
 def inspect_rows(kernel: str, arch: str, *, dtype: str = "bf16") -> Report:

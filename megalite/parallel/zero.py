@@ -191,12 +191,15 @@ class Zero:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around all microbatches of one optimizer step."""
+        # DeepSpeed copies the first gradient of a step over the partition and adds the later ones, and tells them apart by
+        # counting forwards (stage 3) or backwards (stages 1 and 2, offloaded). Under a schedule that count is wrong: GPipe runs all
+        # forwards first, and a stage of several chunks first reaches some parameters in a later backward, where last step's
+        # gradient still lies. Zero, then always add.
         if self.sharded:
             self._coordinator().reset_step()
-            # DeepSpeed copies the first gradient of a step over the partition and adds the later ones, and tells them apart by
-            # counting forwards. Under a schedule that count is wrong: GPipe runs all forwards first, and a stage of several chunks
-            # first reaches some parameters in a later backward, where last step's gradient still lies. Zero, then always add.
             self.inner.grad_partitions_flat_buffer.zero_()
+        for buffer in self._host_sums():
+            buffer.zero_()
         with self.engine.coalesce_grad_reduction() if self.once else nullcontext():
             yield
         if self.once:
@@ -208,9 +211,13 @@ class Zero:
         A stage that is not the last passes (output * received gradient).sum(). torch.autograd.backward would enter DeepSpeed's
         hooks too, but loses microbatches in flight.
         """
-        if self.sharded:
+        if self.sharded or self._host_sums():
             self.inner.micro_step_id = 1  # not the first: add (see `step`)
         self.engine.backward(scalar)
+
+    def _host_sums(self) -> list[Tensor]:
+        """Where DeepSpeed's stages 1 and 2 sum up offloaded gradients, parameter by parameter; they are made in the first step."""
+        return list(getattr(self.inner, "accumulated_grads_in_cpu", {}).values())
 
     @contextmanager
     def untraced(self) -> Iterator[None]:

@@ -67,6 +67,24 @@ def test_offloaded_gradients_are_summed_in_fp32(name: str, precision: str, tmp_p
     assert not [finding for finding in found if not finding.good]
 
 
+@pytest.mark.parametrize(
+    ("name", "schedule", "precision"),
+    [
+        ("zero2-cpu-offload", "interleaved", "fp32"),
+        *(pytest.param("zero2-cpu-offload", "looped", precision, marks=SLOW) for precision in ("fp32", "bf16", "fp16")),
+        *(pytest.param("zero3-cpu-offload", "looped", precision, marks=SLOW) for precision in ("fp32", "bf16")),
+    ],
+)
+def test_offloaded_gradients_of_several_chunks_begin_anew_in_every_step(name: str, schedule: str, precision: str, tmp_path: Path) -> None:
+    """In fp32, DeepSpeed's stage 2 counts backward passes, and added to the gradients of the step before (draw 15 of `make fuzz`)."""
+    config = config_of(dp=2, pp=2, layers=4, schedule=schedule, precision=precision)
+    ours = on_mesh(config, zero=_document(name, tmp_path))
+    if precision == "fp32":
+        assert_same(ours, reference(config), tied=models.tied(config.model))
+    else:
+        assert not [finding for finding in compare_rounded(config, ours) if not finding.good]
+
+
 @pytest.mark.parametrize("name", sorted(QUANTIZED))
 def test_what_needs_a_gpu_is_valid_and_says_so_on_a_cpu(name: str) -> None:
     document = json.loads((FOLDER / f"{name}.json").read_text())

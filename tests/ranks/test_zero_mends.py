@@ -49,6 +49,16 @@ def test_deepspeed_loses_microbatches_when_all_forwards_come_first(monkeypatch: 
     assert max(difference(ours.gradients[name], exact) for name, exact in plain.gradients.items()) > 0.1
 
 
+def test_deepspeed_adds_to_the_offloaded_gradients_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-2 with an optimizer on the host, two chunks a rank: right in the first step, stale from the second on."""
+    monkeypatch.setattr(zero.Zero, "_host_sums", lambda self: [])
+    config = config_of(dp=2, pp=2, layers=4, schedule="interleaved")
+    document = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    ours, plain = on_mesh(config, zero=document, steps=2), reference(config)
+    off = [max(difference(ours[step].gradients[name], exact) for name, exact in plain[step].gradients.items()) for step in range(2)]
+    assert off[0] < 1e-5 and off[1] > 0.1
+
+
 def test_deepspeed_compares_the_modules_of_stages_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers 0-1 on one stage, 2 and the head on the other: not the same modules, which DeepSpeed takes for an error or waits for."""
     monkeypatch.setattr(mends, "scope_trace_checks", lambda group: None)
