@@ -68,6 +68,7 @@ def test_a_dry_run_is_exact_on_the_whole_matrix(mesh: str, stage: int, offload: 
     _compare(MESHES[mesh], stage, offload=offload)
 
 
+@pytest.mark.slow
 def test_the_last_stage_keeps_no_received_state_of_microbatches_that_are_done() -> None:
     """torch keeps every loss with its graph until the step ends; the graph's leaf is a hidden state, and its gradient as large."""
     few, many = (
