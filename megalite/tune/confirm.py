@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from megalite import hardware
 from megalite.config import Config
+from megalite.errors import UserError
 from megalite.hardware import GIB
 from megalite.tune import choices, report, search
 from megalite.tune.cases import Start, run_case
@@ -52,6 +54,7 @@ def confirm(
             flags = ["--steps", f"{STEPS}", "--warm-up", f"{WARM_UP}"]
             done = run_case([str(run), *flags], folder / f"trial-{number}", timeout=timeout, start=start)
             done = {**done, "layout": words} if done.get("status", "ok") != "ok" else done
+        _check_device(done, found)
         results.append({**done, "trial": asked})
         report.write(results, folder)
         outcome = _outcome(done, context=hunt.runtime.memory.context)
@@ -62,6 +65,15 @@ def confirm(
         say(f"trial {number}      {words}: {said}")
     say(f"written      {folder}/results.json, .csv, .md, .html")
     return hunt, rows
+
+
+def _check_device(result: dict[str, Any], found: Found) -> None:
+    """Raises UserError where a trial ran on another kind of device than the cluster is said to have."""
+    wanted = found.cluster.gpu
+    if result.get("status", "ok") == "ok" and wanted.pattern and hardware.find(result["device"]) != wanted:
+        raise UserError(
+            f"the trial ran on {result['device']}, but --cluster {found.cluster.name} has {wanted.name}; choose the nodes' kind"
+        )
 
 
 def _runs(found: Found, rows: list[int]) -> Runs:

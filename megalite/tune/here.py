@@ -38,6 +38,18 @@ def look(num: int | None) -> Cluster:
     return build(said, source="--cluster here")
 
 
+def why_not_here(cluster: Cluster) -> str | None:
+    """Why trials for that cluster cannot run on this machine; None where they can."""
+    if cluster.name.endswith("here"):
+        return None
+    there = torch.cuda.device_count()
+    gpu = hardware.find(torch.cuda.get_device_name()) if there else None
+    if cluster.nodes == 1 and gpu == cluster.gpu and there >= cluster.gpus:
+        return None
+    found = f"{there} {gpu.name if gpu else 'unknown GPUs'}" if there else "no GPU"
+    return f"{cluster.name} is {cluster.world} {cluster.gpu.name} on {cluster.nodes} nodes, and this machine has {found}"
+
+
 def _look_at_cpu(ranks: int) -> Cluster:
     memory = psutil.virtual_memory().total
     precisions = (("fp32", torch.float32), ("bf16", torch.bfloat16))

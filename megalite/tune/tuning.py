@@ -109,8 +109,11 @@ def _try(asked: Tuning, found: search.Found, *, on_slurm: OnSlurm | None) -> int
     """Measure, tell, and return the row that was the fastest; None where nothing ran."""
     machines, console = found.cluster, open_console()
     start = on_slurm(asked.slurm, machines.nodes, machines.gpus) if asked.slurm and on_slurm else start_here
-    if machines.nodes > 1 and not asked.slurm:
-        raise UserError(f"--trials {asked.trials} on {machines.name} needs {machines.nodes} nodes; give --slurm PROFILE")
+    if not asked.slurm:
+        from megalite.tune import here  # imports torch
+
+        if reason := here.why_not_here(machines):
+            raise UserError(f"--trials {asked.trials}: {reason}; give --slurm PROFILE, or --cluster here")
 
     def put(row: int, folder: Path) -> Path:
         write(found, row, folder / "zero.json", source=asked.run[0])

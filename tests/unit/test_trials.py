@@ -16,11 +16,13 @@ import pytest
 from megalite.cluster import measure
 from megalite.cluster.settings import Site
 from megalite.config import Config
-from megalite.tune import cluster, confirm, runtime, search
+from megalite.errors import UserError
+from megalite.tune import cluster, confirm, runtime, search, tuning
 from megalite.tune.score import Runs, predict_memory, predict_time, read_runs
 from megalite.tune.trials import Hunt, Outcome
 
 TABLES = Path(__file__).parent / "tables"
+A100 = "NVIDIA A100-SXM4-80GB"
 DESIGN = runtime.DESIGN["megatron-deepspeed"]  # has seen no table
 
 
@@ -119,8 +121,8 @@ elif played["memory"][row] > played["room"]:
 else:
     output = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
     figures = {{"seconds": {{"median": played["seconds"][row]}}, "memory_bytes": 1 << 30, "mfu": None, "shares": {{}}}}
-    rates = {{"tokens_per_second_per_gpu": 1.0, "tflops_per_gpu": 1.0, "ranks": 8, "layout": "played", "name": "played", "device": "A100"}}
-    (output / "results.json").write_text(json.dumps([{{**figures, **rates}}]))
+    rates = {{"tokens_per_second_per_gpu": 1.0, "tflops_per_gpu": 1.0, "ranks": 8, "device": played["device"]}}
+    (output / "results.json").write_text(json.dumps([{{**figures, **rates, "layout": "played", "name": "played"}}]))
     ended.write_text("0")
 """
 
@@ -157,7 +159,7 @@ def test_a_cluster_that_fails_in_every_way_is_no_hindrance(tmp_path: Path, monke
         best = int(runs.seconds.argmin())
         hangs = [int(row) for row in found.order[:3] if row != best][:1]
         room = 1.05 * found.judged.held[best]
-        truth = {"seconds": runs.seconds.tolist(), "memory": found.judged.held.tolist(), "room": room, "hangs": hangs}
+        truth = {"seconds": runs.seconds.tolist(), "memory": found.judged.held.tolist(), "room": room, "hangs": hangs, "device": A100}
         play.write_text(json.dumps(truth))
 
         def put(row: int, folder: Path) -> Path:
@@ -184,5 +186,23 @@ def test_a_cluster_that_fails_in_every_way_is_no_hindrance(tmp_path: Path, monke
 
 
 def test_a_profile_with_other_ranks_a_node_is_refused() -> None:
-    with pytest.raises(Exception, match="8 GPUs a node, but the profile starts 4 ranks a node"):
+    with pytest.raises(UserError, match="8 GPUs a node, but the profile starts 4 ranks a node"):
         measure.starter(Site(gpus_per_node=4), nodes=1, gpus=8)
+
+
+def test_trials_for_another_machine_than_this_one_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    asked = tuning.Tuning(run=("gpt2-124m",), cluster="1x8xH100", trials=1, output=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="1x8xH100 is 8 H100 SXM on 1 nodes, and this machine has no GPU; give --slurm PROFILE"):
+        tuning.tune(asked, {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trial_that_ran_on_another_kind_of_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {"seconds": {"median": 1.0}, "memory_bytes": 1, "mfu": None, "device": "Intel Xeon"}
+    monkeypatch.setattr(confirm, "run_case", lambda *_, **__: result)
+    say: list[str] = []
+    with pytest.raises(UserError, match="the trial ran on Intel Xeon, but --cluster 1x8xA100-80 has A100 80GB SXM"):
+        confirm.confirm(
+            _found(_cells()[0]), trials=1, folder=tmp_path, timeout=9, start=lambda *_: 0, write=lambda _, folder: folder, say=say.append
+        )
+    assert not (tmp_path / "results.json").exists()
