@@ -16,6 +16,8 @@ from typing import Any
 
 from megalite.tune import report
 
+REFUSAL = "megalite: "  # how a line to the user begins
+
 Start = Callable[[list[str], Path, float], "int | str"]
 """Run `megalite WORDS` with its output in a file, for so many seconds at most: its exit code, "timeout", or "lost" where a node failed."""
 OnSlurm = Callable[[str, int, "int | None"], Start]
@@ -49,16 +51,19 @@ def run_case(arguments: list[str], folder: Path, *, timeout: float, start: Start
         return _failed(arguments, "lost", "a node failed, or the job was taken away")
     if code == 0:
         return report.read(str(folder / "results.json"))[0]
-    said = log.read_text(errors="replace")
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or [f"exit code {code}"]
-    last = next((line for line in reversed(lines) if "rror" in line), lines[-1])
-    return _failed(arguments, _status(code, said.lower()), last.removeprefix("megalite: ")[:300])
+    return _failed(arguments, *_explain(code, log.read_text(errors="replace")))
 
 
-def _status(code: int | str, said: str) -> str:
-    if any(words in said for words in ("out of memory", "memoryerror", "oom-kill", "oom_kill")) or code in (-signal.SIGKILL, 137):
-        return "oom"
-    return "refused" if code == 2 else "crash"
+def _explain(code: int | str, said: str) -> tuple[str, str]:
+    """A status, and the line that says why. What SLURM tells of how it ended the others comes behind what ranks said themselves."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("srun:", "slurmstepd"))] or lines or [f"exit code {code}"]
+    if refused := next((line for line in lines if line.startswith(REFUSAL)), None):
+        return "refused", refused.removeprefix(REFUSAL)[:300]
+    last = next((line for line in reversed(lines) if "rror" in line), lines[-1])[:300]
+    if any(words in said.lower() for words in ("out of memory", "memoryerror", "oom-kill", "oom_kill")) or code in (-signal.SIGKILL, 137):
+        return "oom", last
+    return "refused" if code == 2 else "crash", last
 
 
 def _failed(arguments: list[str], status: str, reason: str) -> dict[str, Any]:

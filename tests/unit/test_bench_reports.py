@@ -108,3 +108,32 @@ def test_kernels_are_not_measured_without_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing is measured: there is no GPU; run this where there is an NVIDIA GPU"):
         benching.bench(benching.Benching(what=("kernels",), output=str(tmp_path / "out")), {})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "status", "reason"),
+    [
+        (
+            143,
+            "megalite: mesh dp = 3 does not fit\nsrun: error: node1: task 1: Exited with exit code 2\n",
+            "refused",
+            "mesh dp = 3 does not fit",
+        ),
+        (
+            1,
+            "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried\nsrun: error: node2: task 3\n",
+            "oom",
+            "torch.OutOfMemoryError: CUDA",
+        ),
+        (137, "slurmstepd: error: Detected 1 oom_kill event in StepId=3.0.\n", "oom", "slurmstepd: error: Detected"),
+        (1, "Traceback\nRuntimeError: no\nmore\n", "crash", "RuntimeError: no"),
+        (9, "", "crash", "exit code 9"),
+    ],
+)
+def test_why_a_layout_was_not_measured_is_said_by_its_ranks_first(code: int, said: str, status: str, reason: str, tmp_path: Path) -> None:
+    def start(words: list[str], log: Path, timeout: float) -> int:
+        log.write_text(said)
+        return code
+
+    found = cases.run_case(["gpt-tiny", "--mesh.dp", "3", "--steps", "2"], tmp_path, timeout=9, start=start)
+    assert found["status"] == status and found["reason"].startswith(reason)
