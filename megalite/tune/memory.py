@@ -78,7 +78,7 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     columns, keys = shape.columns(t), ceil(shape.kv_heads, t) * k
     mixed = ceil(shape.heads, t) * k
     rotated = np.where(shape.rope, columns - keys, 0)
-    exchanged = np.where(layouts.cp > 1, columns + mixed, 0)
+    exchanged = np.where(layouts.cp > 1, mixed, 0)  # queries, keys and values are kept behind their exchange, and no longer before it
     activation = np.where(shape.gated, 4, 2) * f
     turned = np.where(shape.rope, 8.0 * shape.sequence * k, 0.0)  # cosines and sines, for queries and for keys
     rows = 4.0 * ceil(shape.heads, t) + 4 * 4.0 / share  # one number a row of attention, two a norm
@@ -88,7 +88,7 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
         heads = ceil(shape.heads, t) * layouts.micro * 1.0 * shape.sequence**2
         whole = whole + heads * (2 * w + 1)  # scores before and after dropout, and its mask
     sums = np.where(t > 1, 2, 1)  # a product before it is summed over ranks, and the sum
-    dear = tokens * w * (d / share + columns + sums * 2.0 * d / share + shape.ups * f)
+    dear = tokens * w * (d / share + columns + sums * 2.0 * d / share + shape.ups * f + np.where(layouts.cp > 1, columns + mixed, 0))
     entry = tokens * w * d / share
     kept = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [entry + 0 * whole, dear], whole)
     return kept, whole
@@ -117,7 +117,9 @@ class _Wide:
         self.hidden = hidden[:, None]
         vocabulary = split.head * (tokens * ceil(shape.vocab, t))[:, None]
         ours = runtime.name == "megalite"
-        head = np.minimum(flying, layouts.microbatches[:, None]) * (split.head * self.hidden + 4.0 * vocabulary * ours)
+        # 1F1B with chunks goes back through the head at once
+        heads = np.where(layouts.schedule[:, None] == 2, 1, np.minimum(flying, layouts.microbatches[:, None]))
+        head = heads * (split.head * self.hidden + 4.0 * vocabulary * ours)
         # a stage keeps what it puts out, too; the head, its norm's result
         self.activations = flying * (sizes * kept[:, None] + self.hidden) + head
         self.again = np.where(layouts.recompute[:, None] > 0, (whole - kept)[:, None], 0.0) * (split.blocks > 0)

@@ -54,6 +54,10 @@ def _off(recipe: str, layout: Layouts) -> float:
         pytest.param("gpt-1.3b", "dp8 zero2 micro4 selective", marks=pytest.mark.slow),
         pytest.param("gpt-7b", "dp4 pp2 zero1 micro4", marks=pytest.mark.slow),
         ("gpt-1.3b", "dp8 zero3 micro4"),
+        *(
+            pytest.param("gpt-1.3b", words, marks=pytest.mark.slow)
+            for words in ("dp4 cp2 zero2 micro8", "dp4 cp2 zero3 micro8 selective", "dp4 pp2 zero2 micro8 interleaved2")
+        ),
     ],
 )
 def test_the_closed_form_is_within_half_a_percent_of_the_engine(recipe: str, words: str, off: Callable[[str, Layouts], float]) -> None:
