@@ -50,7 +50,7 @@ def _off(recipe: str, layout: Layouts) -> float:
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ("gpt-1.3b", "dp4 tp2 zero2 micro2 sp"),
+        pytest.param("gpt-1.3b", "dp4 tp2 zero2 micro2 sp", marks=pytest.mark.slow),
         pytest.param("gpt-1.3b", "dp8 zero2 micro4 selective", marks=pytest.mark.slow),
         pytest.param("gpt-7b", "dp4 pp2 zero1 micro4", marks=pytest.mark.slow),
         ("gpt-1.3b", "dp8 zero3 micro4"),

@@ -73,7 +73,7 @@ def _build(rank: int, *, config: Config, stage: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to see a process's peak memory")
 @pytest.mark.parametrize(
     ("mesh", "stage"),
-    [({"dp": 2, "pp": 2}, 3), ({"tp": 4}, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (({"dp": 4}, 3), ({"pp": 4}, 1)))],
+    [({"dp": 2, "pp": 2}, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (({"tp": 4}, 1), ({"dp": 4}, 3), ({"pp": 4}, 1)))],
 )
 def test_building_holds_one_layer_beside_the_shard(mesh: dict[str, int], stage: int) -> None:
     config = _config(**mesh)
