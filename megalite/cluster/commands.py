@@ -79,5 +79,5 @@ def ended(number: str) -> str | None:
         done = call("sacct", "--jobs", number, "--allocations", "--noheader", "--parsable2", "--format=State,ExitCode")
     except UserError:
         return None
-    lines = done.stdout.split()
-    return lines[-1].replace("|", " ") if done.returncode == 0 and lines else None
+    lines = done.stdout.splitlines()
+    return lines[-1].strip().replace("|", ", ") if done.returncode == 0 and lines else None
