@@ -177,7 +177,8 @@ def test_a_cluster_that_fails_in_every_way_is_no_hindrance(tmp_path: Path, monke
         assert chosen is not None
         regrets.append(runs.seconds[rows[chosen]] / runs.seconds.min() - 1)
         statuses = [json.loads(line.read_text())[0] for line in folder.glob("trial-*/results.json")]
-        assert len(statuses) == 3 and "lost: a node failed" in said[0]
+        assert len(statuses) == 3 or hunt.next() is None, "it ended before its trials, with layouts left"
+        assert "lost: a node failed" in said[0]
         jobs = len(list(folder.glob("*/tried")))
         again = play_it()
         assert again[0].best() == chosen
