@@ -38,8 +38,8 @@ class Benching(Section):
     """With network: ranks to fork on a machine without a GPU; left out: 4."""
     slurm: str | None = None
     """With sweep: measure every layout as a SLURM job, by this profile (a name of slurm/profiles, or a .yaml file)."""
-    nodes: PositiveInt = 1
-    """With slurm: nodes a layout is measured on."""
+    nodes: PositiveInt | None = None
+    """With slurm: nodes a layout is measured on; left out: 1."""
 
 
 def bench(asked: Benching, overrides: dict[str, Any], *, on_slurm: OnSlurm | None = None) -> int:
@@ -58,8 +58,12 @@ def bench(asked: Benching, overrides: dict[str, Any], *, on_slurm: OnSlurm | Non
         return _bench_kernels(Path(asked.output))
     if asked.slurm and not asked.sweep:
         raise UserError(f"--slurm {asked.slurm} measures the layouts of a sweep; give --sweep FILE.yaml, or submit slurm/bench.sbatch")
+    if asked.nodes and not asked.slurm:
+        raise UserError(f"--nodes {asked.nodes} is for --slurm PROFILE; give it, or leave --nodes out")
     if asked.sweep:
-        return sweep(Path(asked.sweep), asked, start=on_slurm(asked.slurm, asked.nodes, None) if asked.slurm and on_slurm else start_here)
+        return sweep(
+            Path(asked.sweep), asked, start=on_slurm(asked.slurm, asked.nodes or 1, None) if asked.slurm and on_slurm else start_here
+        )
     if len(asked.what) != 1:
         raise UserError(
             f"megalite bench needs one recipe ({', '.join(settings.recipes())}) or run file, `compare A.json B.json`, "

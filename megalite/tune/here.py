@@ -17,7 +17,7 @@ from megalite import hardware, launch
 from megalite.errors import UserError
 from megalite.hardware import GIB, Gpu
 from megalite.tune import network
-from megalite.tune.cluster import Cluster, build, table
+from megalite.tune.cluster import HERE, Cluster, build, table
 
 SIDE, COPIED, SENT = 1024, 1 << 27, 1 << 22  # of a product's matrices; bytes
 
@@ -40,7 +40,7 @@ def look(num: int | None) -> Cluster:
 
 def why_not_here(cluster: Cluster) -> str | None:
     """Why trials for that cluster cannot run on this machine; None where they can."""
-    if cluster.name.endswith("here"):
+    if HERE.fullmatch(cluster.name):
         return None
     there = torch.cuda.device_count()
     gpu = hardware.find(torch.cuda.get_device_name()) if there else None

@@ -9,6 +9,7 @@ import math
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import yaml
 from rich.table import Table
 
@@ -16,7 +17,8 @@ from megalite.log import open_console
 from megalite.tune import fitting, search
 from megalite.tune.cluster import Cluster
 from megalite.tune.runtime import DESIGN, Runtime
-from megalite.tune.score import Score, predict_memory, predict_time, read_runs, score
+from megalite.tune.score import Runs, Score, predict_memory, predict_time, read_runs, score
+from megalite.tune.trials import play
 
 SAID = {
     "timed": ("runs with a step time", "{:.0f}"),
@@ -32,8 +34,8 @@ SAID = {
 }
 
 
-def score_table(name: str, cluster: Cluster, runtime: Runtime, *, held_out: bool, fitted: bool) -> int:
-    """Print the errors; returns 0."""
+def score_table(name: str, cluster: Cluster, runtime: Runtime, *, held_out: bool, fitted: bool, played: int = 0) -> int:
+    """Print the errors; `played`: and what so many trials would have found in each cell; returns 0."""
     runs = read_runs(Path(name), runtime)
     if held_out:  # from constants that have seen no table
         seconds, held = fitting.hold_out(runs, cluster, DESIGN[runtime.name])
@@ -43,10 +45,23 @@ def score_table(name: str, cluster: Cluster, runtime: Runtime, *, held_out: bool
     how = "each run by constants fitted to the others" if held_out else f"constants: {runtime.fitted or 'none fitted'}"
     console.print(f"{name}, {runtime.name} on {cluster.name}; {how}", markup=False)
     console.print(_table(score(runs, seconds, held, limit=search.limit(cluster, runtime))))
+    if played:
+        console.print(_regrets(runs, cluster, DESIGN[runtime.name], trials=played))
     if fitted:
         entry = fitting.as_entry(fitting.fit(runs, cluster, DESIGN[runtime.name]), kinds=[cluster.kind], fitted=Path(name).name)
         console.print(yaml.safe_dump([entry], sort_keys=False), markup=False)
     return 0
+
+
+def _regrets(runs: Runs, cluster: Cluster, runtime: Runtime, *, trials: int) -> Table:
+    """Of cells of five runs or more, by constants that have seen no table."""
+    timed = np.isfinite(runs.seconds) & ~runs.failed
+    cells = [runs.take(timed & (runs.cell == cell)) for cell in np.unique(runs.cell[timed]) if (timed & (runs.cell == cell)).sum() >= 5]
+    found = np.array([play(cell, cluster, runtime, trials=trials) for cell in cells]).reshape(len(cells), trials)
+    table = Table(f"best of the trials over the best of the cell, {len(cells)} cells", "mean", "worst", "within 1 %")
+    for number, column in enumerate(found.T if len(cells) else [], 1):
+        table.add_row(f"{number} trials", f"{column.mean():.1%}", f"{column.max():.1%}", f"{(column <= 0.01).mean():.0%}")
+    return table
 
 
 def _table(found: Score) -> Table:

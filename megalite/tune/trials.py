@@ -87,3 +87,16 @@ class Hunt:
         ran = sum(outcome.status == "ok" for outcome in self.tried.values())
         failed = len(self.tried) - ran + sum(self.lost.values())
         return ran >= trials or failed >= PATIENCE * trials or self.next() is None
+
+
+def play(runs: Runs, cluster: Cluster, runtime: Runtime, *, trials: int) -> Array:
+    """Measured runs as the cluster: how much slower the best of the first 1, 2, ... trials is than the best of all, less 1: (trials,)."""
+    hunt, regrets = Hunt(runs, cluster, runtime), []
+    for _ in range(trials):
+        row = hunt.next()
+        if row is not None:
+            hunt.hear(row, Outcome("ok", seconds=float(runs.seconds[row])))
+        best = hunt.best()
+        assert best is not None
+        regrets.append(runs.seconds[best] / runs.seconds.min() - 1)
+    return np.array(regrets)

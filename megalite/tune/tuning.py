@@ -48,7 +48,8 @@ class Tuning(Section):
     """Build rank 0 of the best layouts with the real engine on fake tensors: exact memory, FLOPs and collectives; takes a minute or so
     each."""
     trials: NonNegativeInt = 0
-    """Run the best layouts for 15 steps each, until so many have run, and rank anew after each: here, or with slurm on the cluster."""
+    """Run the best layouts for 15 steps each, until so many have run, and rank anew after each: here, or with slurm on the cluster. With
+    score: how good a layout so many trials would have found in each cell of the table."""
     slurm: str | None = None
     """With trials: run each as a SLURM job, by this profile (a name of slurm/profiles, or a .yaml file)."""
     timeout: PositiveInt = 1800
@@ -69,11 +70,12 @@ def tune(asked: Tuning, overrides: dict[str, Any], *, on_slurm: OnSlurm | None =
     """What was asked; `overrides` are the flags of the run, `on_slurm` serves --slurm. Returns the exit code."""
     if asked.cluster is None:
         raise UserError(f"megalite tune needs --cluster NODESxGPUSxKIND, for instance 8x8xH100; kinds are {', '.join(cluster.table())}")
+    if asked.slurm and (asked.score or not asked.trials):
+        raise UserError(f"--slurm {asked.slurm} is where trials run; give --trials N, too, and no --score")
     machines = cluster.find(asked.cluster)
     if asked.score:
-        return scoring.score_table(
-            asked.score, machines, runtime.find(asked.runtime, kind=machines.kind), held_out=asked.hold_out, fitted=asked.fit
-        )
+        known = runtime.find(asked.runtime, kind=machines.kind)
+        return scoring.score_table(asked.score, machines, known, held_out=asked.hold_out, fitted=asked.fit, played=asked.trials)
     if len(asked.run) != 1:
         raise UserError(f"megalite tune needs one recipe ({', '.join(settings.recipes())}) or run file; {len(asked.run)} were given")
     config = _read_run(asked, overrides)
