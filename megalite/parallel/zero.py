@@ -194,7 +194,7 @@ class Zero:
         # DeepSpeed copies the first gradient of a step over the partition and adds the later ones, and tells them apart by
         # counting forwards (stage 3) or backwards (stages 1 and 2, offloaded). Under a schedule that count is wrong: GPipe runs all
         # forwards first, and a stage of several chunks first reaches some parameters in a later backward, where last step's
-        # gradient still lies. Zero, then always add.
+        # gradient still lies. Zero, then add; counting backwards, the first one may overwrite the zeros.
         if self.sharded:
             self._coordinator().reset_step()
             self.inner.grad_partitions_flat_buffer.zero_()
@@ -211,7 +211,7 @@ class Zero:
         A stage that is not the last passes (output * received gradient).sum(). torch.autograd.backward would enter DeepSpeed's
         hooks too, but loses microbatches in flight.
         """
-        if self.sharded or self._host_sums():
+        if self.sharded:
             self.inner.micro_step_id = 1  # not the first: add (see `step`)
         self.engine.backward(scalar)
 
