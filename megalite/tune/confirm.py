@@ -7,7 +7,6 @@ row. trials.py decides what is tried next.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +85,7 @@ def _what_counts(config: Config) -> dict[str, Any]:
     """Of a run, what its time and memory depend on."""
     document = config.model_dump(mode="json", include={"model", "mesh", "train"})
     document["train"].pop("steps", None)
-    return json.loads(json.dumps({**document, "sequence": config.sequence}))
+    return {**document, "sequence": config.sequence}
 
 
 def _outcome(result: dict[str, Any], *, context: float) -> Outcome:

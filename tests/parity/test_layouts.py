@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +47,10 @@ ZEROS = {
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "looped")
 WHOLE = ("dp3", "dp2-pp2", "dp2-pp2-tp2")  # meshes on which `make test` tries every ZeRO
 SLOW = pytest.mark.slow
+
+
+def _ranks(degrees: dict[str, Any]) -> int:
+    return math.prod(degrees.get(axis, 1) for axis in ("dp", "pp", "cp", "tp"))
 
 
 def _cases() -> list:
@@ -137,7 +143,7 @@ RECOMPUTED = [
 @pytest.mark.parametrize(
     ("mesh", "zero", "schedule", "model", "how"),
     [
-        pytest.param(*case, how, marks=() if (place + turn) % 2 and place else (SLOW,))
+        pytest.param(*case, how, marks=() if (place + turn) % 2 and _ranks(MESHES[case[0]]) < 8 else (SLOW,))
         for place, case in enumerate(RECOMPUTED)
         for turn, how in enumerate(("full", "selective"))
     ],
@@ -212,7 +218,7 @@ CUT = {
 def _cut_cases() -> list:
     """Every cut with one of the models in turn, and the rest of them marked slow, as eight ranks are."""
     pairs = itertools.product(enumerate(CUT), enumerate(("gpt2-tied", "llama-untied", "bert")))
-    often = [(turn - place) % 3 == 0 and len(cut.split("2")) <= 3 for (turn, cut), (place, _) in pairs]
+    often = [(turn - place) % 3 == 0 and _ranks(CUT[cut][0]) < 8 for (turn, cut), (place, _) in pairs]
     pairs = itertools.product(CUT, ("gpt2-tied", "llama-untied", "bert"))
     return [pytest.param(*pair, marks=() if quick else (SLOW,)) for pair, quick in zip(pairs, often, strict=True)]
 
@@ -238,7 +244,7 @@ DROPPED = [("dp2-cp2-pp2", "gpt2-tied"), ("dp2-pp2-tp2-split", "llama-untied"), 
 @pytest.mark.parametrize(
     ("cut", "model"),
     [
-        pytest.param(cut, model, marks=() if (cut, model) == DROPPED[-1] else (SLOW,))
+        pytest.param(cut, model, marks=() if (cut, model) in DROPPED and _ranks(CUT[cut][0]) < 8 else (SLOW,))
         for cut, model in itertools.product([cut for cut, _ in DROPPED], [model for _, model in DROPPED])
     ],
 )

@@ -36,7 +36,7 @@ def test_dropout_keeps_documents_apart_too(causal: bool) -> None:
     for a, b in pairwise(ENDS):
         part = [t[:, a:b] for t in (q, k, v)]
         alone = attend(*part, causal=causal, dropout=(0.3, type(drawn)(*(side[..., a:b] for side in drawn))))
-        torch.testing.assert_close(together[:, a:b], alone, rtol=1e-6, atol=1e-6)  # the softmax is in fp32
+        torch.testing.assert_close(together[:, a:b], alone, rtol=0, atol=6e-7)  # the softmax is in fp32: five roundings of numbers up to 2
 
 
 def test_positions_in_order_change_nothing() -> None:
