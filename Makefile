@@ -3,6 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Images of containers like to forbid bytecode; without it every process would compile torch and DeepSpeed anew, 8 seconds of it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install pretrain pretrain-bert lint test test-all parity verify fuzz slurm gpu bench-prepare bench-step bench-checkpoint clean
 
@@ -58,8 +61,8 @@ bench-checkpoint: .venv/.developer  ## saving and loading, beside DeepSpeed
 fuzz: .venv/.developer  ## 200 layouts drawn at random against one process
 	$(BIN)/python tests/parity/test_fuzz.py --first 0 --draws 200
 
-slurm: .venv/.developer  ## everything on a SLURM cluster of five nodes on this machine (root; slurmctld slurmd slurm-client munge iproute2)
-	$(BIN)/python -m pytest tests/slurm
+slurm: .venv/.developer  ## everything on SLURM clusters of five nodes on this machine (root; slurmctld slurmd slurm-client munge iproute2)
+	$(BIN)/python -m pytest tests/slurm --numprocesses 4 --maxschedchunk 1
 
 gpu: .venv/.developer  ## what needs a GPU
 	$(BIN)/python -m pytest -m gpu tests/gpu

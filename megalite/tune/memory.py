@@ -87,8 +87,9 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     if not runtime.flash:
         heads = ceil(shape.heads, t) * layouts.micro * 1.0 * shape.sequence**2
         whole = whole + heads * (2 * w + 1)  # scores before and after dropout, and its mask
-    sums = np.where(t > 1, 2, 1)  # a product before it is summed over ranks, and the sum
-    dear = tokens * w * (d / share + columns + sums * 2.0 * d / share + shape.ups * f + np.where(layouts.cp > 1, columns + mixed, 0))
+    products = np.where(t > 1, 2.0 * d, 0)  # before they are summed over ranks; they are whole, their sums may be cut
+    exchanges = np.where(layouts.cp > 1, columns + mixed, 0)
+    dear = tokens * w * (d / share + columns + products + 2.0 * d / share + shape.ups * f + exchanges)
     entry = tokens * w * d / share
     kept = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [entry + 0 * whole, dear], whole)
     return kept, whole

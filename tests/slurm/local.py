@@ -51,11 +51,12 @@ main(sys.argv[1:])' "$@"
 class Cluster:
     """Commands at its login node; `folder` is where they are given."""
 
-    def __init__(self, state: Path, folder: Path, *, nodes: int = 5) -> None:
+    def __init__(self, state: Path, folder: Path, *, subnet: str, nodes: int = 5) -> None:
         self.folder = folder
         self.environment = {
             **os.environ,
             "LOCAL_SLURM_DIR": str(state),
+            "LOCAL_SLURM_SUBNET": subnet,
             "SLURM_CONF": str(state / "slurm.conf"),
             "LOCAL_SLURM_KILLWAIT": "5",
         }
@@ -170,6 +171,7 @@ class Cluster:
         for process in psutil.process_iter(["cmdline", "environ"]):
             environment = process.info["environ"] or {}
             words = process.info["cmdline"] or []
-            if environment.get("SLURMD_NODENAME") == node and "MEGALITE_RECORDS" in environment and "train" in words and "-c" in words:
+            ours = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"] and environment.get("SLURMD_NODENAME") == node
+            if ours and "MEGALITE_RECORDS" in environment and "train" in words and "-c" in words:
                 found.append((int(environment.get("SLURM_PROCID", -1)), process))
         return [process for _, process in sorted(found, key=lambda item: item[0])]

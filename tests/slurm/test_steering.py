@@ -25,6 +25,7 @@ sys.exit(health.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
+@pytest.mark.takes(145)
 def test_an_array_of_four_rows_gives_a_table_in_which_one_has_failed(cluster: Cluster) -> None:
     rows = [{"optimizer.lr": 1e-3}, {"optimizer.lr": 1e-2}, {"checkpoint.resume": "no/such/checkpoint"}, {"mesh.dp": 3}]
     (cluster.folder / "rates.yaml").write_text(
@@ -44,6 +45,7 @@ def test_an_array_of_four_rows_gives_a_table_in_which_one_has_failed(cluster: Cl
 
 
 @pytest.mark.slow
+@pytest.mark.takes(90)
 def test_layouts_are_measured_as_jobs_of_their_own_and_one_that_cannot_run_is_a_row(cluster: Cluster) -> None:
     flags = {"model.vocab": 64, "mesh.pp": 1, "mesh.tp": 1, "train.global_batch": 4, "train.micro_batch": 1, "deepspeed": "zero2"}
     (cluster.folder / "layouts.yaml").write_text(
@@ -57,6 +59,7 @@ def test_layouts_are_measured_as_jobs_of_their_own_and_one_that_cannot_run_is_a_
 
 
 @pytest.mark.slow
+@pytest.mark.takes(150)
 def test_a_chain_prepares_trains_on_what_was_prepared_judges_and_exports_it(cluster: Cluster) -> None:
     text = cluster.folder / "text.txt"
     text.write_text("\n\n".join(f"The {number}th document tells of numbers like {number * 7}." for number in range(2000)))
@@ -88,6 +91,7 @@ def test_a_chain_prepares_trains_on_what_was_prepared_judges_and_exports_it(clus
 
 
 @pytest.mark.slow
+@pytest.mark.takes(60)
 def test_files_save_raise_the_log_level_and_stop_a_run_that_passed_the_check_of_its_nodes(cluster: Cluster) -> None:
     job = cluster.submit(
         "small.yaml", "--nodes", "2", "--name", "steered", "--checkpoint.every", "0", "--train.steps", "500", seconds=0.5, health=True
@@ -114,6 +118,7 @@ def test_files_save_raise_the_log_level_and_stop_a_run_that_passed_the_check_of_
 
 
 @pytest.mark.slow
+@pytest.mark.takes(140)
 def test_a_node_that_fails_its_check_is_named_excluded_and_the_job_goes_on_without_it(cluster: Cluster) -> None:
     """A node with another megalite: its check of the code differs. The batch script's own node is right by definition."""
     profile = yaml.safe_load(Path(cluster.profile(health=True, exclude="node[4-5]")).read_text())
@@ -167,6 +172,7 @@ def test_every_script_passes_sbatch_and_shellcheck(cluster: Cluster, path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.takes(50)
 def test_the_script_runs_by_hand_as_it_is_and_print_shows_what_is_submitted(cluster: Cluster, tmp_path: Path) -> None:
     profile = cluster.profile(ranks_per_node=1)
     shown = cluster.megalite("submit", "small.yaml", "--nodes", "2", "--name", "shown", "--slurm.profile", profile, "--print")

@@ -23,6 +23,7 @@ def _wait_for_all_nodes(cluster: Cluster) -> None:
     cluster.wait(lambda: cluster.call(*idle).strip() == "5", "all nodes")
 
 
+@pytest.mark.takes(90)
 def test_two_nodes_of_two_ranks_give_the_losses_of_one_process_and_two_jobs_share_the_nodes(cluster: Cluster, tmp_path: Path) -> None:
     one = tmp_path / "one"
     on = ("--nodes", "2", "--mesh.tp", "2")
@@ -43,6 +44,7 @@ def test_two_nodes_of_two_ranks_give_the_losses_of_one_process_and_two_jobs_shar
 
 
 @pytest.mark.slow
+@pytest.mark.takes(120)
 def test_a_run_goes_on_after_the_time_limit_a_requeue_and_preemption(cluster: Cluster, whole: Path) -> None:
     cluster.allow("moved", 2)
     job = cluster.submit("small.yaml", "--nodes", "2", "--name", "moved", held="moved", partition="preempt", time="30", lead=60)
@@ -71,6 +73,7 @@ def test_a_run_goes_on_after_the_time_limit_a_requeue_and_preemption(cluster: Cl
 
 
 @pytest.mark.slow
+@pytest.mark.takes(200)
 def test_a_run_goes_on_after_a_killed_rank_a_hung_one_a_cut_network_and_a_crashed_node(cluster: Cluster, whole: Path) -> None:
     """Nodes 1 and 2 train, 3 and 4 are spares; the batch script runs on node 1."""
     cluster.allow("hurt", 2)
@@ -105,6 +108,7 @@ def test_a_run_goes_on_after_a_killed_rank_a_hung_one_a_cut_network_and_a_crashe
 
 
 @pytest.mark.slow
+@pytest.mark.takes(65)
 def test_a_run_goes_on_after_the_node_of_its_batch_script_crashed(cluster: Cluster, whole: Path) -> None:
     """With a spare the job outlives a node, so SLURM would not requeue it: a step on another node does."""
     cluster.allow("headless", 2)
@@ -121,6 +125,7 @@ def test_a_run_goes_on_after_the_node_of_its_batch_script_crashed(cluster: Clust
 
 
 @pytest.mark.slow
+@pytest.mark.takes(50)
 def test_without_a_spare_a_run_goes_on_with_fewer_nodes(cluster: Cluster, whole: Path) -> None:
     """Where the site says that one node will do: on another mesh, so the numbers agree, and the bits do not."""
     cluster.allow("fewer", 2)
