@@ -41,7 +41,7 @@ lint: .venv/.developer  ## style, types, import contracts
 	$(BIN)/pyright
 
 test: lint  ## the whole test suite but what is marked slow
-	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-all: lint  ## slow tests too: every layout with every model
 	$(BIN)/python -m pytest -m "not gpu"
