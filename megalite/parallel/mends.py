@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import deepspeed.runtime.zero.linear as zero_linear
+import deepspeed.runtime.zero.parameter_offload as zero_offload
 import deepspeed.runtime.zero.partition_parameters as zero_partition
 import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
 import deepspeed.runtime.zero.stage3 as zero_stage3
@@ -102,30 +103,56 @@ def bound_live_parameters() -> None:
     setattr(coordinator, f"{PRIVATE}params_to_release", bounded)
 
 
-def release_after_every_backward(stage: nn.Module, offload: Any) -> None:
-    """Free a module's weights after the backward pass of each microbatch.
+def gather_around_modules_with_weights(stage: nn.Module, offload: Any) -> None:
+    """Fetch a module's weights before its forward and its backward pass of each microbatch, and release them after both.
 
     DeepSpeed 0.19.8 counts, in one number for each module, the inputs whose gradients are still to come, and sets it to 0 in every forward.
     With several microbatches in flight that number is wrong from the second backward on, and weights stayed gathered.
-    A module of ours that has weights has one input with a gradient, so there is nothing to count.
+    A module of ours that has weights has one input with a gradient and one output, so there is nothing to count. And it has hooks around
+    every module, also those without weights, in general functions that inspect their signature in every call: a third of a small model's
+    step. Raises TypeError in the forward pass of a module with weights that puts out anything but one tensor.
     """
-
-    def release(module: nn.Module) -> type[torch.autograd.Function]:
-        class Release(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, x: Tensor) -> Tensor:
-                return x.view_as(x)
-
-            @staticmethod
-            def backward(ctx: Any, *grads: Tensor) -> Tensor:
-                offload.post_sub_module_backward_function(module)
-                return grads[0]
-
-        return Release
-
+    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+        hook.remove()
     for module in stage.modules():
         if next(module.parameters(recurse=False), None) is not None:
-            module.post_bwd_fn = release(module)  # type: ignore[assignment]
+            _gather_around(module, offload)
+
+
+def _gather_around(module: nn.Module, offload: Any) -> None:
+    class Fetch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            offload.pre_sub_module_backward_function(module)
+            return grads[0]
+
+    class Release(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            offload.post_sub_module_backward_function(module)
+            return grads[0]
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        offload.pre_sub_module_forward_function(module)
+        return (Release.apply(inputs[0]), *inputs[1:])
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise TypeError(f"{type(module).__name__} has weights and puts out {type(output).__name__}; under ZeRO-3 it must be one tensor")
+        zero_offload.FWD_MODULE_STACK.pop()
+        offload.post_sub_module_forward_function(module)
+        return Fetch.apply(output)  # type: ignore[return-value]
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
 
 
 def add_biases_out_of_place() -> None:

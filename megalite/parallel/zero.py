@@ -189,7 +189,7 @@ class Zero:
             # The trace is taken over the whole optimizer step instead (see `step`): weights stay gathered between neighbouring
             # uses and prefetching works.
             self.inner.parameter_offload.fwd_pre_hook.remove()
-            mends.release_after_every_backward(stage, self.inner.parameter_offload)
+            mends.gather_around_modules_with_weights(stage, self.inner.parameter_offload)
 
     @contextmanager
     def step(self) -> Iterator[None]:

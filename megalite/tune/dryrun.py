@@ -4,7 +4,8 @@ In: a run config, its DeepSpeed document, a rank.  Out: what that rank would hol
 of code own it), the FLOPs it computes and every collective it calls. Fake tensors have shapes and no data (parallel/pretend.py); the books
 are those of a real run (ledger.py), and a test compares them with real ranks, byte for byte.
 
-On the fake GPU, attention keeps what our kernels keep (kernels/attention.py): queries, keys, values, the result, and one number a row.
+On the fake GPU, attention goes through our kernels' operators (kernels/operators.py): queries, keys, values, the result and one number a
+row are kept, and with dropout the numbers that say what is dropped.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from megalite import launch
 from megalite.config import Config
@@ -53,7 +53,7 @@ def _pretend(_: int, *, config: Config, document: dict[str, Any], rank: int, gpu
 
     device = pretend.join(rank, config.mesh.world, gpu=gpu)
     if gpu:
-        _keep_as_kernels_do()
+        _compute_as_on_a_gpu()
     mesh = _mesh(config, device)
     with pretend.pretending():
         return walk(config, document, mesh=mesh, owners=owners)
@@ -98,31 +98,17 @@ def walk(config: Config, document: dict[str, Any], *, mesh: Any, owners: bool) -
     return found
 
 
-def _keep_as_kernels_do() -> None:
-    layers = importlib.import_module("megalite.models.layers")  # `megalite.models.layers` is a function too
-    layers.attend = _attend  # type: ignore[attr-defined]
+def _compute_as_on_a_gpu() -> None:
+    """Attention goes through the operators of our kernels, which know what they put out; the kernels themselves are never called."""
+    ours, theirs = (importlib.import_module(name) for name in ("megalite.models.attention", "megalite_kernels.attention"))
+    ours.is_fused = lambda q, *, dropout=False: True  # type: ignore[attr-defined]
+    theirs.why_not_triton = lambda q: None  # type: ignore[attr-defined]
     functional.rms_norm = _rms_norm
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
-    if settings.get("drop") is not None:
-        from megalite.models import attention
-
-        return attention.attend(q, k, v, **settings)
-    return _Attention.apply(q, k, v)  # type: ignore[return-value]
 
 
 def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """One operation, as on CUDA; elsewhere PyTorch takes it apart and keeps more."""
     return _RmsNorm.apply(x, weight)  # type: ignore[return-value]
-
-
-def _count(q: Tensor, k: Tensor, products: int) -> None:
-    """Enter products of s x s scores into the open books; attention counts all of them (models/counts.py)."""
-    for mode in _get_current_dispatch_mode_stack():
-        if isinstance(mode, Ledger):
-            b, rows, h, width = q.shape
-            mode.flops += products * 2 * b * h * rows * k.shape[1] * width
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -138,24 +124,3 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)
-
-
-class _Attention(torch.autograd.Function):
-    """Shapes alone: (b, s, h, k) -> (b, s, h, k), and the logarithm of each row's sum in fp32."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        _count(q, k, 2)
-        mixed = q.new_empty(q.shape)
-        rows = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, mixed, rows)
-        return mixed
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, _, rows = ctx.saved_tensors
-        _count(q, k, 5)
-        dots = torch.empty_like(rows)  # of each row with its gradient
-        found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        del dots
-        return found

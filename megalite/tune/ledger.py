@@ -107,14 +107,17 @@ class Ledger(TorchDispatchMode):
         return "autograd"
 
     def _book_flops(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> None:
+        name, back = func.__name__, "backward" in func.__name__
         formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
+        if func.namespace == "megalite" and name.startswith("attention"):  # all s x s scores, as models/counts.py counts them
+            q, k = args[2:4] if back else args[:2]  # (b, s, h, k)
+            self.flops += (10 if back else 4) * q.numel() * k.shape[1]
+        elif formula is not None:
             self.flops += formula(*args, **kwargs, out_val=found)
-        elif func.__name__.startswith("_scaled_dot_product_flash_attention_for_cpu"):
-            q, k = (args[0], args[1]) if "backward" not in func.__name__ else (args[1], args[2])
-            b, h, rows, width = q.shape
-            self.flops += (10 if "backward" in func.__name__ else 4) * b * h * rows * k.shape[2] * width
-        elif func.namespace == "megalite" and func.__name__.startswith("gathered_linear"):
+        elif name.startswith("_scaled_dot_product_flash_attention_for_cpu"):
+            q, k = args[1:3] if back else args[:2]  # (b, h, s, k)
+            self.flops += (10 if back else 4) * q.numel() * k.shape[2]
+        elif func.namespace == "megalite" and name.startswith("gathered_linear"):
             self.flops += 2 * found.numel() * args[1].shape[1]
 
     def _book_collective(self, func: Any, args: tuple[Any, ...]) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from megalite.tune.layouts import RECOMPUTE, Array, Layouts
 from megalite.tune.runtime import Runtime
 from megalite.tune.shape import Number, Shape, ceil
-from megalite.tune.splits import Split
+from megalite.tune.splits import INTERLEAVED, Split, flying
 
 PARTS = ("weights", "gathered", "optimizer", "gradients", "buckets", "activations", "working", "batch", "runtime")
 MOMENTS = ("start-up", "turn", "deep", "update")
@@ -57,18 +57,6 @@ def host(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Arra
     return offloaded + 2 * layer
 
 
-def in_flight(layouts: Layouts, place: Array) -> Array:
-    """Microbatches (of one chunk of layers each) whose activations a rank holds at once, (n, kinds); place: of the rank in its pipeline."""
-    m, pp, v = (column[:, None] for column in (layouts.microbatches, layouts.pp, layouts.chunks))
-    kind = layouts.schedule[:, None]
-    one = np.minimum(m, pp - place)
-    all_of_them = m * v
-    rounds = np.maximum(1, m // pp)
-    group = m // rounds  # microbatches that a chunk takes in turn
-    warm = np.minimum((v - 1) * group + 2 * (pp - place - 1) + 1, all_of_them)
-    return np.select([kind == 0, kind == 2], [one, warm], all_of_them)
-
-
 def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array, Array]:
     """Bytes that autograd keeps of one block for one microbatch, and what it would keep without recomputation."""
     t, w, c = layouts.tp, runtime.width, runtime.memory
@@ -89,7 +77,8 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
         whole = whole + heads * (2 * w + 1)  # scores before and after dropout, and its mask
     products = np.where(t > 1, 2.0 * d, 0)  # before they are summed over ranks; they are whole, their sums may be cut
     exchanges = np.where(layouts.cp > 1, columns + mixed, 0)
-    dear = tokens * w * (d / share + columns + products + 2.0 * d / share + shape.ups * f + exchanges)
+    attention = mixed + 4.0 / w * ceil(shape.heads, t)  # what it puts out, and a number in fp32 for every row
+    dear = tokens * w * (d / share + columns + attention + products + 2.0 * d / share + shape.ups * f + exchanges)
     entry = tokens * w * d / share
     kept = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [entry + 0 * whole, dear], whole)
     return kept, whole
@@ -112,23 +101,27 @@ class _Wide:
         tokens = layouts.micro * shape.sequence / layouts.cp
         self.tokens = tokens[:, None]
         kept, whole = block_kept(shape, layouts, runtime)
-        flying = in_flight(layouts, split.place)
-        sizes = np.where(layouts.chunks[:, None] > 1, split.blocks / layouts.chunks[:, None], split.blocks)
+        held = flying(layouts, split)
         hidden = tokens * np.asarray(shape.width) / np.where(layouts.split_sequence == 1, t, 1) * runtime.width
         self.hidden = hidden[:, None]
         vocabulary = split.head * (tokens * ceil(shape.vocab, t))[:, None]
         ours = runtime.name == "megalite"
         # 1F1B with chunks goes back through the head at once
-        heads = np.where(layouts.schedule[:, None] == 2, 1, np.minimum(flying, layouts.microbatches[:, None]))
-        head = heads * (split.head * self.hidden + 4.0 * vocabulary * ours)
+        heads = np.where(layouts.schedule[:, None] == INTERLEAVED, 1, np.minimum(held.turn_chunks, layouts.microbatches[:, None]))
+        head = split.head * self.hidden + 4.0 * vocabulary * ours
         # a stage keeps what it puts out, too; the head, its norm's result
-        self.activations = flying * (sizes * kept[:, None] + self.hidden) + head
+        self.turning = held.turn_blocks * kept[:, None] + held.turn_chunks * self.hidden + heads * head
+        self.deepest = held.deep_blocks * kept[:, None] + held.deep_chunks * self.hidden + (heads - 1) * head  # one has gone back
         self.again = np.where(layouts.recompute[:, None] > 0, (whole - kept)[:, None], 0.0) * (split.blocks > 0)
         self.logits = vocabulary
         self.passing = runtime.memory.passing * (tokens * np.asarray(shape.width) * runtime.width)[:, None]
         self.received = np.where((layouts.pp > 1)[:, None] | (split.head == 0), self.hidden, 0.0)  # a gradient on its way
         wide = np.where(shape.gated, 2, 1) * ceil(shape.mlp, t)
         self.summed = 4.0 * (np.asarray(shape.width) * wide)[:, None] * ours  # the largest gradient on its way into its sum
+        heads_wide = ceil(shape.heads, t) * shape.head_width
+        weights = (ceil(shape.mlp, t), wide, heads_wide, shape.columns(t))
+        # elements of a block's matrices, the last one first
+        self.matrices = np.stack([np.asarray(shape.width * weight, dtype=float) * np.ones(len(layouts)) for weight in weights], axis=1)
         self.going = runtime.width * (tokens * wide + np.asarray(shape.width) * ceil(shape.mlp, t))[:, None] + 2 * self.hidden
 
     def persistent(self) -> dict[str, Array]:
@@ -156,11 +149,25 @@ class _Wide:
         return {**dict.fromkeys(PARTS, np.zeros_like(self.own)), **self.persistent()}
 
     def _gathered(self, *, turn: bool) -> Array:
-        """Weights that ZeRO-3 holds beside its shard: what is needed again within the limit, there and back, and the module at work."""
-        half, module = self.layouts.live[:, None] / 2, self.block[:, None] / 2
-        head = self.split.head * self.vocabulary_weight
-        most = np.maximum(half, np.where(head > 0, head, module)) if turn else half + module
-        return np.where(self.stage == 3, self.runtime.width * np.minimum(self.parameters, most), 0.0)
+        """Weights that ZeRO-3 holds beside its shard as it turns: those that are needed again before `live` elements of others are, and
+        what is fetched ahead; further down at least the matrix at work. Above the limit a module lets go of its own at once.
+        """
+        live, bucket = self.layouts.live[:, None].astype(float), self.layouts.bucket[:, None]
+        again = self._reach(live / 2)  # there and back
+        ahead = np.minimum(np.maximum(live - again, 0), bucket)
+        kept = np.where(self._reach(1.0) <= live, self._reach(again + ahead), 0.0)
+        return np.where(
+            self.stage == 3, self.runtime.width * (kept if turn else np.maximum(kept, self.matrices[:, :2].max(axis=1)[:, None])), 0.0
+        )
+
+    def _reach(self, elements: Array | float) -> Array:
+        """The fewest elements, of whole matrices from a rank's last one on, that are so many."""
+        head, block, steps = self.split.head * self.vocabulary_weight, self.block[:, None], np.cumsum(self.matrices, axis=1)
+        rest = np.maximum(elements - head, 0.0)
+        blocks = np.floor(rest / block)
+        part = np.min(np.where(steps[:, None] >= (rest - blocks * block)[:, :, None], steps[:, None], np.inf), axis=2)
+        part = np.where(rest > blocks * block, np.minimum(part, block), 0.0)
+        return np.minimum(head + blocks * block + part, self.parameters)
 
     def _buckets(self) -> Array:
         if self.runtime.name != "megalite":
@@ -184,10 +191,10 @@ class _Wide:
     def turn(self) -> dict[str, Array]:
         found = self._blank()
         tp, w, c = self.layouts.tp[:, None] > 1, self.runtime.width, self.runtime.memory
-        found["activations"] = self.activations + self.received
+        found["activations"] = self.turning + self.received
         each = np.where(tp, 4.0 + w, 4.0 * 2) if self.runtime.name == "megalite" else 12.0 + 4.0 * (self.layouts.microbatches > 1)[:, None]
         found["working"] = self.logits * each * c.logits + self.passing
-        found["gathered"] = self._gathered(turn=False)
+        found["gathered"] = self._gathered(turn=True)
         breadth = np.isin(self.layouts.schedule, (1, 3))  # all forwards first
         first = ((self.layouts.microbatches > 1) & ~breadth)[:, None]  # sums of the microbatch before are there
         found["buckets"] = self._buckets() * (self.stage == 3)
@@ -196,7 +203,7 @@ class _Wide:
 
     def deep(self) -> dict[str, Array]:
         found = self._blank()
-        found["activations"] = self.activations + self.received
+        found["activations"] = self.deepest + self.received
         found["working"] = self.passing + self.again + self.going + self.summed * (self.stage < 3)
         found["gradients"] = found["gradients"] + self.runtime.memory.fresh * self.parameters
         found["gathered"] = self._gathered(turn=False)

@@ -19,7 +19,7 @@ from megalite.tune.cluster import Cluster
 from megalite.tune.layouts import Array, Layouts, enumerate_layouts, legal
 from megalite.tune.runtime import Runtime
 from megalite.tune.shape import Shape
-from megalite.tune.splits import Split, split
+from megalite.tune.splits import split
 
 BLOCK = 1 << 15  # rows at a time, so that what is computed with stays in the processor's cache
 SURE = 2.0  # standard deviations of the memory's error that must fit too: 2 % of them do not
@@ -116,7 +116,7 @@ def _judge(shape: Shape, layouts: Layouts, cluster: Cluster, runtime: Runtime) -
     seconds = np.full(len(layouts), np.inf)
     if len(fits):
         few = layouts.take(fits)
-        few_ranks = Split(**{name: value[fits] for name, value in vars(ranks).items()})
+        few_ranks = ranks.take(fits)
         times = speed.step_time(shape, few, few_ranks, cluster=cluster, runtime=runtime)
         seconds[fits] = speed.total(times, few, cluster, runtime)
     return held, account["moment"], host, seconds

@@ -19,7 +19,8 @@ FOLDER = Path(__file__).parents[2] / "ds_configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 QUANTIZED = {"zeropp-quantized"}
 SLOW = pytest.mark.slow
-PLAIN = {"zero0", "zero1", "zero2", "zero3"}  # their stages are tried by test_layouts.py on every mesh
+# stages tried by test_layouts.py on every mesh, and what is offloaded with the parameters too
+OFTEN = {"zero0", "zero1", "zero2", "zero3", "zero3-cpu-offload"}
 
 
 def _document(name: str, tmp_path: Path) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def _document(name: str, tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "schedule"),
     [
-        pytest.param(name, schedule, marks=(SLOW,) if schedule == "gpipe" or name in PLAIN else ())
+        pytest.param(name, schedule, marks=(SLOW,) if schedule == "gpipe" or name in OFTEN else ())
         for name in sorted(set(NAMES) - QUANTIZED)
         for schedule in ("1f1b", "gpipe")
     ],

@@ -25,7 +25,7 @@ def _config(mesh: dict[str, int], *, width: int = 32, **train: Any) -> Config:
         {
             "model": {"layers": 4, "width": width, "heads": 4, "vocab": 50, "sequence": 16},
             "mesh": mesh,
-            "train": {"global_batch": 16, "micro_batch": 2, "precision": "bf16", **train},
+            "train": {"global_batch": 8, "micro_batch": 2, "precision": "bf16", **train},
         }
     )
 

@@ -170,7 +170,7 @@ def _without(rank: int, *, mend: str) -> tuple[int, int, int]:
     return _most_live(rank, limit=LIMIT)
 
 
-@pytest.mark.parametrize("mend", ["bound_live_parameters", "release_after_every_backward"])
+@pytest.mark.parametrize("mend", ["bound_live_parameters", "gather_around_modules_with_weights"])
 def test_deepspeed_alone_lets_the_limit_be_passed(mend: str) -> None:
     """If this fails, the mend of that name in parallel/mends.py is no longer needed."""
     ranks = launch.run_ranks(4, functools.partial(_without, mend=mend), warm=("megalite.engine",))

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.timeout(900)  # all suites are one test here
 
 FOLDER = Path(__file__).parent / "interpreted"
 # suite -> at least so many cases; halves of about the same length
-HALVES = ({"test_masks.py": 90}, {"test_features.py": 50, "test_operators.py": 10, "test_rows.py": 25, "test_training.py": 3})
-REST = ({"test_masks.py": 90}, {"test_features.py": 20, "test_operators.py": 1})
+HALVES = ({"test_masks.py": 45, "test_operators.py": 10, "test_rows.py": 25}, {"test_features.py": 50, "test_training.py": 3})
+REST = ({"test_masks.py": 135}, {"test_features.py": 20, "test_operators.py": 1})
 
 
 @pytest.mark.parametrize(

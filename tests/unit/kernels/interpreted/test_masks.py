@@ -62,6 +62,7 @@ def _shard(rows: tuple[int, int], keys: tuple[int, int]) -> tuple[Any, Tensor]:
 
 
 # name -> (rows, keys, options of attention, boolean mask (b or 1, s, n)); packed: q is (t, h, k)
+# One row is tried in eight sequences: the error of one is a lottery, in which plain PyTorch may happen to hit the number.
 CASES: dict[str, Callable[[], tuple[int, int, dict[str, Any], Tensor]]] = {
     "all": lambda: (70, 93, {}, torch.ones(1, 70, 93, dtype=torch.bool)),
     "causal": lambda: (66, 66, {"causal": True}, _causal(66, 66)[None]),
@@ -69,7 +70,7 @@ CASES: dict[str, Callable[[], tuple[int, int, dict[str, Any], Tensor]]] = {
     "causal, more rows": lambda: (66, 40, {"causal": True}, _causal(66, 40)[None]),
     "causal window": lambda: (97, 97, {"causal": True, "window": 17}, _causal(97, 97, 17)[None]),
     "window": lambda: (66, 66, {"window": 9}, _near(66, 66, 9)[None]),
-    "one row": lambda: (1, 70, {"causal": True}, torch.ones(1, 1, 70, dtype=torch.bool)),
+    "one row": lambda: (1, 70, {"causal": True}, torch.ones(8, 1, 70, dtype=torch.bool)),
     "padding": lambda: (70, 93, {"key_lengths": _lengths(70, 93)[0]}, _lengths(70, 93)[1]),
     "padding, causal": lambda: (93, 93, {"key_lengths": _lengths(93, 93)[0], "causal": True}, _lengths(93, 93)[1] & _causal(93, 93)),
     "padding as spans": lambda: (70, 93, {"spans": padding_spans(_lengths(70, 93)[0], rows=70, keys=93)}, _lengths(70, 93)[1]),
@@ -97,11 +98,11 @@ SHAPES = [  # query heads, key-value heads, head width, precision
 
 
 def _cases() -> list:
-    """Every mask with every shape, in one of the two forms; in the other one they are slow."""
+    """Every mask with every shape in both forms; all but one in four of them are slow."""
     cases = []
-    for (row, case), (column, shape), form in itertools.product(enumerate(CASES), enumerate(SHAPES), (False, True)):
+    for turn, ((row, case), form, shape) in enumerate(itertools.product(enumerate(CASES), (False, True), SHAPES)):
         name = f"{case}-{shape[0]}of{shape[1]}x{shape[2]}-{str(shape[3])[6:]}-{'deterministic' if form else 'fast'}"
-        cases.append(pytest.param(case, shape, form, id=name, marks=() if (row + column) % 2 == form else (pytest.mark.slow,)))
+        cases.append(pytest.param(case, shape, form, id=name, marks=() if turn % 4 == row % 4 else (pytest.mark.slow,)))
     return cases
 
 
@@ -109,7 +110,7 @@ def _cases() -> list:
 def test_the_kernels_are_as_right_as_pytorch(case: str, shape: tuple[int, int, int, torch.dtype], deterministic: bool) -> None:
     rows, keys, options, mask = CASES[case]()
     heads, kv_heads, width, dtype = shape
-    packed, batch = "cu_seqlens" in options, 2 if mask.shape[0] == 2 else 1
+    packed, batch = "cu_seqlens" in options, len(mask)
     torch.manual_seed(len(case) + heads)
     inputs = [torch.randn(batch, s, h, width, dtype=dtype) for s, h in ((rows, heads), (keys, kv_heads), (keys, kv_heads))]
 
