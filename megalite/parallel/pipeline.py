@@ -11,11 +11,14 @@ breadth first: Lamy-Poirier 2022, arXiv:2211.05953.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleLoopedBFS
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleLoopedBFS, schedules
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
 from megalite.mesh import Mesh
@@ -91,6 +94,46 @@ class _Stage(PipelineStage):
         return tuple(getattr(value, "grad", None) for value in bwd_kwargs["input_values"]), None
 
 
+class _Sent:
+    """A send that lets go of its tensor as soon as it is seen to be over."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+    def is_over(self) -> bool:
+        if self.work is not None and self.work.is_completed():
+            self.work = None
+        return self.work is None
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+        self.work = None
+
+
+@contextmanager
+def _letting_go_of_what_was_sent() -> Iterator[None]:
+    """torch 2.13's schedules of several chunks keep every send until the step ends, and with it the tensor: two hidden states for every
+    microbatch and chunk. Here those that are over are dropped whenever another transfer begins. (gloo knows that only when it has waited.)
+    """
+    plain, under_way = schedules._batch_p2p, []
+
+    def batch(ops: list[Any], desc: str | None = None) -> list[Any]:
+        under_way[:] = [send for send in under_way if not send.is_over()]
+        works = plain(ops, desc)
+        if not ops or any(op.op is not dist.isend for op in ops):
+            return works
+        sends = [_Sent(work) for work in works]
+        under_way.extend(sends)
+        return sends
+
+    schedules._batch_p2p = batch
+    try:
+        yield
+    finally:
+        schedules._batch_p2p = plain
+
+
 class _Chunk(nn.Module):
     """One chunk of the rank's layers, as the schedule calls it; the layers themselves belong to DeepSpeed's engine."""
 
@@ -154,5 +197,6 @@ class Pipeline:
         for stage in self.stages:
             stage.has_backward = train
             stage.clear_runtime_states()
-        self.schedule._step_microbatches(args, kwargs, targets, losses, return_outputs=False)
+        with _letting_go_of_what_was_sent() if isinstance(self.schedule, PipelineScheduleMulti) else nullcontext():
+            self.schedule._step_microbatches(args, kwargs, targets, losses, return_outputs=False)
         return [loss.detach() for loss in losses]

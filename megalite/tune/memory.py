@@ -58,7 +58,7 @@ def host(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Arra
 
 
 def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array, Array]:
-    """Bytes that autograd keeps of one block for one microbatch, and what it would keep without recomputation."""
+    """Bytes that autograd keeps of one block for one microbatch, and what is computed again when it goes back."""
     t, w, c = layouts.tp, runtime.width, runtime.memory
     tokens = layouts.micro * shape.sequence / layouts.cp
     d, f, k = shape.width, ceil(shape.mlp, t), shape.head_width
@@ -81,7 +81,9 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     dear = tokens * w * (d / share + columns + attention + products + 2.0 * d / share + shape.ups * f + exchanges)
     entry = tokens * w * d / share
     kept = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [entry + 0 * whole, dear], whole)
-    return kept, whole
+    cheap = tokens * (w * (3.0 * d / share + rotated + activation - shape.ups * f) + 4 * 4.0 / share) + turned  # norms, their sum, GELU
+    again = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [whole - kept, cheap], 0.0)
+    return kept, again
 
 
 class _Wide:
@@ -100,7 +102,7 @@ class _Wide:
         self.stage, self.offload = layouts.stage[:, None], layouts.offload[:, None]
         tokens = layouts.micro * shape.sequence / layouts.cp
         self.tokens = tokens[:, None]
-        kept, whole = block_kept(shape, layouts, runtime)
+        kept, again = block_kept(shape, layouts, runtime)
         held = flying(layouts, split)
         hidden = tokens * np.asarray(shape.width) / np.where(layouts.split_sequence == 1, t, 1) * runtime.width
         self.hidden = hidden[:, None]
@@ -112,7 +114,7 @@ class _Wide:
         # a stage keeps what it puts out, too; the head, its norm's result
         self.turning = held.turn_blocks * kept[:, None] + held.turn_chunks * self.hidden + heads * head
         self.deepest = held.deep_blocks * kept[:, None] + held.deep_chunks * self.hidden + (heads - 1) * head  # one has gone back
-        self.again = np.where(layouts.recompute[:, None] > 0, (whole - kept)[:, None], 0.0) * (split.blocks > 0)
+        self.again = again[:, None] * (split.blocks > 0)
         self.logits = vocabulary
         self.passing = runtime.memory.passing * (tokens * np.asarray(shape.width) * runtime.width)[:, None]
         self.received = np.where((layouts.pp > 1)[:, None] | (split.head == 0), self.hidden, 0.0)  # a gradient on its way
@@ -122,7 +124,8 @@ class _Wide:
         weights = (ceil(shape.mlp, t), wide, heads_wide, shape.columns(t))
         # elements of a block's matrices, the last one first
         self.matrices = np.stack([np.asarray(shape.width * weight, dtype=float) * np.ones(len(layouts)) for weight in weights], axis=1)
-        self.going = runtime.width * (tokens * wide + np.asarray(shape.width) * ceil(shape.mlp, t))[:, None] + 2 * self.hidden
+        gathered = np.where(layouts.split_sequence == 1, tokens * shape.width, 0.0)  # the gradient of a sum that was scattered
+        self.going = runtime.width * (tokens * wide + gathered + np.asarray(shape.width) * ceil(shape.mlp, t))[:, None] + 2 * self.hidden
 
     def persistent(self) -> dict[str, Array]:
         """What lies there all the time."""
@@ -176,10 +179,14 @@ class _Wide:
         return self.runtime.width * bucket * np.where((self.stage == 2) | (self.stage == 1), 2, 1)  # two where they overlap
 
     def _accumulated(self) -> Array:
-        """Gradients' sums in fp32 that ZeRO-0 to 2 make anew in every step."""
+        """Gradients' sums in fp32 that ZeRO-0 to 2 make anew in every step. Offloaded ones pass through such sums where they are sharded,
+        from the first reduction on: with as many microbatches in flight they are there if a step has more than a rank holds at once.
+        """
         if self.runtime.name != "megalite":
             return np.zeros_like(self.own)
-        return np.where(self.stage < 3, 4.0 * self.own, 0.0)
+        num, schedule = self.layouts.microbatches[:, None], self.layouts.schedule[:, None]
+        one = np.where(schedule == 0, num > self.layouts.pp[:, None] - self.split.place, (schedule == INTERLEAVED) & (num > 1))
+        return np.where((self.stage < 3) & ((self.offload == 0) | (one & (self.shards > 1))), 4.0 * self.own, 0.0)
 
     def start_up(self) -> dict[str, Array]:
         """The engine is built, layer by layer: no more than what stays, but without a batch."""

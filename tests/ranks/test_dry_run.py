@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from typing import Any
@@ -77,3 +78,15 @@ def test_the_last_stage_keeps_no_received_state_of_microbatches_that_are_done() 
     )
     hidden = 2 * 16 * 256 * 2  # bytes of a microbatch's; with its gradient, 12 microbatches more would hold 24 of them
     assert many.peak["cpu"] - few.peak["cpu"] < 12 * hidden
+
+
+def test_torch_keeps_what_was_sent_until_the_step_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, `_letting_go_of_what_was_sent` in parallel/pipeline.py is no longer needed."""
+    monkeypatch.setattr("megalite.tune.dryrun.STEPS", 1)
+    config = _config({"dp": 1, "pp": 2}, global_batch=128, micro_batch=16, schedule="interleaved")
+    ours = trace(config, _document(0, offload=False), rank=1, gpu=False, owners=False)
+    monkeypatch.setattr("megalite.parallel.pipeline._letting_go_of_what_was_sent", contextlib.nullcontext)
+    theirs = trace(config, _document(0, offload=False), rank=1, gpu=False, owners=False)
+    hidden = 16 * 16 * 32 * 2  # bytes of a microbatch's
+    assert ours.sent == theirs.sent
+    assert theirs.peak["cpu"] - ours.peak["cpu"] > 15 * hidden, "8 microbatches: 8 of them sent on, and 16 gradients sent back"

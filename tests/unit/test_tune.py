@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from torch.distributed.pipelining import ScheduleInterleaved1F1B
 
 from megalite import config as settings
 from megalite.config import Config
@@ -19,7 +21,7 @@ from megalite.ds_config import read_document
 from megalite.errors import UserError
 from megalite.models import counts
 from megalite.parallel import stages
-from megalite.tune import choices, cluster, explain, fitting, memory, runtime, search, tuning
+from megalite.tune import choices, cluster, explain, fitting, memory, runtime, search, splits, tuning
 from megalite.tune.layouts import Layouts, enumerate_layouts, legal
 from megalite.tune.score import predict_time, read_runs, score
 from megalite.tune.shape import Shape
@@ -58,6 +60,40 @@ def test_stages_are_those_that_the_engine_builds(name: str) -> None:
         for blocks, embed, head, place in zip(found.blocks[0], found.embed[0], found.head[0], found.place[0], strict=True):
             mine = held[int(place)]
             assert (blocks, embed, head) == (sum(0 < layer <= layers for layer in mine), 0 in mine, layers + 1 in mine)
+
+
+def _walk(sizes: tuple[int, ...], *, place: int, pp: int, num: int) -> tuple[float, ...]:
+    """What torch's own order of forwards and backwards holds of a rank's chunks of so many blocks: `splits.Flying`."""
+    rounds = max(1, num // pp)
+    schedule = SimpleNamespace(n_local_stages=len(sizes), pp_group_size=pp, microbatches_per_round=num // rounds, _n_microbatches=num)
+    blocks, chunks, turn, deep = 0, 0, (0, 0), (0, 0)
+    for action in filter(None, ScheduleInterleaved1F1B._calculate_single_rank_operations(schedule, place)):  # type: ignore[arg-type]
+        chunk = action.stage_index // pp
+        if action.computation_type.name == "FORWARD":
+            blocks, chunks = blocks + sizes[chunk], chunks + 1
+            continue
+        if chunk == len(sizes) - 1:
+            turn = max(turn, (blocks, chunks))
+        if sizes[chunk]:
+            deep = max(deep, (blocks, chunks))
+        blocks, chunks = blocks - sizes[chunk], chunks - 1
+    return (*turn, *deep)
+
+
+def test_what_is_in_flight_is_what_torchs_schedule_holds() -> None:
+    draw = random.Random(4)
+    for _ in range(60):
+        pp, v = draw.choice((2, 3, 4, 8)), draw.choice((2, 3, 4))
+        rounds = draw.randrange(1, 7)
+        num = rounds * draw.randrange(pp, 2 * pp) if rounds > 1 else draw.randrange(1, 2 * pp)
+        if num % max(1, num // pp):
+            continue
+        sizes, place = (*(draw.randrange(0, 4) for _ in range(v - 1)), draw.randrange(0, 2)), draw.randrange(pp)
+        group = num // max(1, num // pp)
+        found = splits._interleaved(sizes, pp - place, group, min(max(1, num // pp), 3))
+        assert found[:2] == _walk(sizes, place=place, pp=pp, num=num)[:2]
+        if any(sizes):
+            assert found == _walk(sizes, place=place, pp=pp, num=num)
 
 
 def test_a_layout_is_legal_where_the_run_would_be_accepted() -> None:
