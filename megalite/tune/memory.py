@@ -50,8 +50,7 @@ def peak(parts: dict[str, Array]) -> Array:
 
 def host(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Array:
     """Bytes of host memory a rank needs: what is offloaded, and while building one layer of the model in fp32."""
-    wide = _Wide(shape, layouts, split, runtime)
-    own = wide.own.max(axis=1)
+    own = _parameters(shape, layouts, split).max(axis=1) / layouts.shards
     offloaded = np.where(layouts.offload >= 1, 16.0 * own, 0.0) + np.where(layouts.offload == 2, runtime.width * own, 0.0)
     layer = 4.0 * np.maximum(shape.block_cut(1) + shape.block_whole, shape.vocab_weight())
     return offloaded + 2 * layer
@@ -86,6 +85,15 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     return kept, again
 
 
+def _parameters(shape: Shape, layouts: Layouts, split: Split) -> Array:
+    """Of every kind of rank, after tensor parallelism, (n, kinds)."""
+    t = layouts.tp
+    block = np.asarray(shape.block_cut(t) + shape.block_whole, dtype=float)
+    ends = split.embed * _column(shape.embed_cut(t) + shape.embed_whole) + split.head * _column(shape.head_cut(t) + shape.head_whole)
+    shared = split.embed * split.head * _column(np.where(shape.tied, shape.vocab_weight(t), 0))
+    return split.blocks * block[:, None] + ends - shared
+
+
 class _Wide:
     """The account of every kind of rank of every layout, (n, kinds)."""
 
@@ -94,9 +102,7 @@ class _Wide:
         t = layouts.tp
         self.vocabulary_weight = _column(shape.vocab_weight(t))
         self.block = np.asarray(shape.block_cut(t) + shape.block_whole, dtype=float)
-        ends = split.embed * _column(shape.embed_cut(t) + shape.embed_whole) + split.head * _column(shape.head_cut(t) + shape.head_whole)
-        shared = split.embed * split.head * _column(np.where(shape.tied, shape.vocab_weight(t), 0))
-        self.parameters = split.blocks * self.block[:, None] + ends - shared
+        self.parameters = _parameters(shape, layouts, split)
         self.shards = layouts.shards[:, None].astype(float)
         self.own = self.parameters / self.shards
         self.stage, self.offload = layouts.stage[:, None], layouts.offload[:, None]
@@ -123,7 +129,8 @@ class _Wide:
         heads_wide = ceil(shape.heads, t) * shape.head_width
         weights = (ceil(shape.mlp, t), wide, heads_wide, shape.columns(t))
         # elements of a block's matrices, the last one first
-        self.matrices = np.stack([np.asarray(shape.width * weight, dtype=float) * np.ones(len(layouts)) for weight in weights], axis=1)
+        self.matrices = [np.broadcast_to(np.asarray(shape.width * weight, dtype=float), t.shape) for weight in weights]
+        self.around: Array | None = None
         gathered = np.where(layouts.split_sequence == 1, tokens * shape.width, 0.0)  # the gradient of a sum that was scattered
         self.going = runtime.width * (tokens * wide + gathered + np.asarray(shape.width) * ceil(shape.mlp, t))[:, None] + 2 * self.hidden
 
@@ -155,22 +162,29 @@ class _Wide:
         """Weights that ZeRO-3 holds beside its shard as it turns: those that are needed again before `live` elements of others are, and
         what is fetched ahead; further down at least the matrix at work. Above the limit a module lets go of its own at once.
         """
-        live, bucket = self.layouts.live[:, None].astype(float), self.layouts.bucket[:, None]
-        again = self._reach(live / 2)  # there and back
-        ahead = np.minimum(np.maximum(live - again, 0), bucket)
-        kept = np.where(self._reach(1.0) <= live, self._reach(again + ahead), 0.0)
-        return np.where(
-            self.stage == 3, self.runtime.width * (kept if turn else np.maximum(kept, self.matrices[:, :2].max(axis=1)[:, None])), 0.0
-        )
+        if self.around is None:
+            self.around = np.zeros_like(self.own)
+            rows = self.layouts.stage == 3
+            live, bucket = (column[rows][:, None].astype(float) for column in (self.layouts.live, self.layouts.bucket))
+            head = (self.split.head * self.vocabulary_weight)[rows]
+            again = self._reach(live / 2, rows, head)  # there and back
+            ahead = np.minimum(np.maximum(live - again, 0), bucket)
+            first = np.where(head > 0, head, self.matrices[0][rows, None])
+            self.around[rows] = np.where(first <= live, self._reach(again + ahead, rows, head), 0.0)
+        at_work = 0.0 if turn else np.maximum(self.matrices[0], self.matrices[1])[:, None]
+        return self.runtime.width * (self.stage == 3) * np.maximum(self.around, at_work)
 
-    def _reach(self, elements: Array | float) -> Array:
+    def _reach(self, elements: Array, rows: Array, head: Array) -> Array:
         """The fewest elements, of whole matrices from a rank's last one on, that are so many."""
-        head, block, steps = self.split.head * self.vocabulary_weight, self.block[:, None], np.cumsum(self.matrices, axis=1)
+        block = self.block[rows][:, None]
         rest = np.maximum(elements - head, 0.0)
         blocks = np.floor(rest / block)
-        part = np.min(np.where(steps[:, None] >= (rest - blocks * block)[:, :, None], steps[:, None], np.inf), axis=2)
-        part = np.where(rest > blocks * block, np.minimum(part, block), 0.0)
-        return np.minimum(head + blocks * block + part, self.parameters)
+        rest -= blocks * block
+        part, sum_ = np.zeros_like(rest), 0.0
+        for matrix in self.matrices:
+            part += np.where(rest > sum_, matrix[rows][:, None], 0.0)
+            sum_ = sum_ + matrix[rows][:, None]
+        return np.minimum(head + blocks * block + part, self.parameters[rows])
 
     def _buckets(self) -> Array:
         if self.runtime.name != "megalite":
