@@ -47,7 +47,7 @@ test-all: lint  ## slow tests too: every layout with every model
 	$(BIN)/python -m pytest -m "not gpu"
 
 parity: .venv/.developer  ## every mesh x ZeRO x reduction x schedule x model against one process
-	$(BIN)/python -m pytest tests/parity/test_layouts.py
+	$(BIN)/python -m pytest tests/parity/test_layouts.py --numprocesses 2
 
 verify: .venv/.developer  ## `megalite verify` for every recipe on every mesh of the README
 	$(BIN)/python -m pytest -m slow tests/ranks/test_verify_recipes.py

@@ -109,7 +109,7 @@ def gather_around_modules_with_weights(stage: nn.Module, offload: Any) -> None:
     DeepSpeed 0.19.8 counts, in one number for each module, the inputs whose gradients are still to come, and sets it to 0 in every forward.
     With several microbatches in flight that number is wrong from the second backward on, and weights stayed gathered.
     A module of ours that has weights has one input with a gradient and one output, so there is nothing to count. And it has hooks around
-    every module, also those without weights, in general functions that inspect their signature in every call: a third of a small model's
+    every module, also those without weights, in general functions that inspect their signature in every call: a quarter of a small model's
     step. Raises TypeError in the forward pass of a module with weights that puts out anything but one tensor.
     """
     for hook in (*offload.forward_hooks, *offload.backward_hooks):

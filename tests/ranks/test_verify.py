@@ -215,7 +215,7 @@ def test_weights_that_never_stay_are_gathered_as_often_as_the_textbook_allows() 
     assert sum(answer.sent["all-gather"] for answer in answers) == pytest.approx(most, rel=0.05)
 
 
-@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize("dp", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_rank_holds_its_share_under_zero_3(dp: int) -> None:
     """fp32: 4 bytes of weights, 4 of gradients, 12 of master weights and moments, for 1/dp of the parameters."""
     small = _small(dp=dp)

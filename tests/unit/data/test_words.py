@@ -93,7 +93,7 @@ def check(tokenizer: HuggingFace, texts: list[str]) -> None:
     assert found == tokenizer._encode(texts)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(texts=TEXTS)
 @example(texts=["", "\n", "", "x\n\n", "\n\ny", " ", " z"])
 @example(texts=["<think>", "a<think>b", "\n<think>"])

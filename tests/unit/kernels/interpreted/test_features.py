@@ -14,6 +14,7 @@ from megalite_kernels.tables import Tile
 from oracle import grid, judge
 from torch import Tensor
 
+SLOW = pytest.mark.slow
 FORMS = pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
 
 
@@ -94,7 +95,7 @@ def test_strides_are_read_in_place(how: str, deterministic: bool) -> None:
 @pytest.mark.usefixtures("descriptor_sums")
 @FORMS
 @pytest.mark.parametrize("spans", [False, True], ids=["band", "spans"])
-@pytest.mark.parametrize("layout", ["contiguous", "fused projection", "no descriptor can read it"])
+@pytest.mark.parametrize("layout", [pytest.param("contiguous", marks=SLOW), "fused projection", "no descriptor can read it"])
 def test_tiles_loaded_by_descriptor_give_the_same_bits(layout: str, spans: bool, deterministic: bool) -> None:
     """Two sequences of 70 rows: tiles of 64 run over the end of the first into the second."""
     torch.manual_seed(11)
@@ -117,7 +118,9 @@ def test_tiles_loaded_by_descriptor_give_the_same_bits(layout: str, spans: bool,
         assert torch.equal(pointer, described)
 
 
-@pytest.mark.parametrize("rows, keys", [(16, 16), (16, 64), (64, 16), (128, 32), (32, 128)])
+@pytest.mark.parametrize(
+    "rows, keys", [(16, 16), (64, 16), (32, 128), *(pytest.param(*tile, marks=SLOW) for tile in ((16, 64), (128, 32)))]
+)
 def test_no_result_hangs_on_the_tile(rows: int, keys: int) -> None:
     torch.manual_seed(rows)
     q, k, v, dout = (torch.randn(1, 135, h, 32) for h in (2, 1, 1, 2))
