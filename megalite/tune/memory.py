@@ -123,7 +123,12 @@ class _Wide:
         self.again = again[:, None] * (split.blocks > 0)
         self.logits = vocabulary
         self.passing = runtime.memory.passing * (tokens * np.asarray(shape.width) * runtime.width)[:, None]
-        self.received = np.where((layouts.pp > 1)[:, None] | (split.head == 0), self.hidden, 0.0)  # a gradient on its way
+        # a gradient on its way, or at the end of a pipeline the next microbatch, unless all are there
+        more = (layouts.pp > 1)[:, None] & (held.turn_chunks < (layouts.microbatches * layouts.chunks)[:, None])
+        self.received = np.where(more | (split.head == 0), self.hidden, 0.0)
+        # a loss over several ranks is fullest going forward, when the gradient of the microbatch before is still being sent
+        steady = (layouts.schedule == 0) & (t > 1) & (layouts.pp > 1) & (layouts.microbatches > 1)
+        self.sent = np.where(steady[:, None] & (split.head > 0), self.hidden, 0.0)
         wide = np.where(shape.gated, 2, 1) * ceil(shape.mlp, t)
         self.summed = 4.0 * (np.asarray(shape.width) * wide)[:, None] * ours  # the largest gradient on its way into its sum
         heads_wide = ceil(shape.heads, t) * shape.head_width
@@ -212,14 +217,16 @@ class _Wide:
     def turn(self) -> dict[str, Array]:
         found = self._blank()
         tp, w, c = self.layouts.tp[:, None] > 1, self.runtime.width, self.runtime.memory
-        found["activations"] = self.turning + self.received
+        found["activations"] = self.turning + self.received + self.sent
         each = np.where(tp, 4.0 + w, 4.0 * 2) if self.runtime.name == "megalite" else 12.0 + 4.0 * (self.layouts.microbatches > 1)[:, None]
         found["working"] = self.logits * each * c.logits + self.passing
         found["gathered"] = self._gathered(turn=True)
         breadth = np.isin(self.layouts.schedule, (1, 3))  # all forwards first
         first = ((self.layouts.microbatches > 1) & ~breadth)[:, None]  # sums of the microbatch before are there
         found["buckets"] = self._buckets() * (self.stage == 3)
-        found["gradients"] = found["gradients"] + self._accumulated() * first
+        # 1F1B with chunks turns again before anything but the head has gone back
+        share = np.where(self.layouts.schedule[:, None] == INTERLEAVED, self.split.head * self.vocabulary_weight / self.parameters, 1.0)
+        found["gradients"] = found["gradients"] + self._accumulated() * first * share
         return found
 
     def deep(self) -> dict[str, Array]:

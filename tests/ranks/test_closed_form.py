@@ -81,4 +81,4 @@ def test_the_closed_form_is_near_the_engine_on_layouts_drawn_at_random(elsewhere
     found = enumerate_layouts(config, 16)
     few = np.flatnonzero(found.microbatches <= 8).tolist()  # more take longer and are no fuller
     away = sorted(abs(elsewhere.submit(_off_shallow, "gpt-1.3b", found.take([row])).result()) for row in draw.sample(few, 40))
-    assert away[len(away) // 2] < 0.005, away
+    assert away[len(away) * 3 // 4] < 0.005, away
