@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -40,6 +40,7 @@ from megalite.layout import Cut
 __all__ = ["Damaged", "Store", "index", "load_weights", "read_facts", "whole"]
 
 PARTIAL = ".partial"
+PATIENCE = 120.0  # seconds for a save under way when a run ends by a rule
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 LOG = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -80,6 +81,10 @@ class Store:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.settle()
+        elif issubclass(kind, UserError) and self.flight:
+            # the run ends by a rule, all ranks alike, and what is being saved is good; what else may be wrong does not hide the reason
+            with suppress(Exception):
+                self.flight.result(PATIENCE)
         if self.thread:
             self.thread.shutdown(wait=kind is None)
 

@@ -262,8 +262,17 @@ def test_a_bad_batch_is_gone_back_over_and_left_out(shard: str, tmp_path: Path) 
     same_bits(tmp_path / "run/checkpoints/step-8", tmp_path / "other/checkpoints/step-8")
 
 
+SLOW = """
+import time
+import megalite.checkpoint.store as store
+publish = store._publish
+store._publish = lambda *words: (time.sleep(1.5), publish(*words))[1]
+"""
+
+
 def test_without_a_rule_a_step_that_is_not_finite_ends_the_run_in_one_line(shard: str, tmp_path: Path) -> None:
+    """And the save that is under way then is finished."""
     spoil = SPOIL.format(value="float('nan')", bad=_bad_batch(shard, 4))
-    output = finish(train(run_file(tmp_path, shard, **PAIR), tmp_path / "run", before=spoil), code=2)
+    output = finish(train(run_file(tmp_path, shard, **PAIR), tmp_path / "run", before=spoil + SLOW), code=2)
     assert "megalite: step 5: gradient norm nan; lower optimizer.lr" in output
     assert [path.name for path in store.whole(tmp_path / "run/checkpoints")] == ["step-2", "step-4"]
