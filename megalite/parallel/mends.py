@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -120,39 +121,40 @@ def gather_around_modules_with_weights(stage: nn.Module, offload: Any) -> None:
 
 
 def _gather_around(module: nn.Module, offload: Any) -> None:
-    class Fetch(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            offload.pre_sub_module_backward_function(module)
-            return grads[0]
-
-    class Release(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            offload.post_sub_module_backward_function(module)
-            return grads[0]
+    fetch, release = (
+        _going_back(functools.partial(call, module))
+        for call in (offload.pre_sub_module_backward_function, offload.post_sub_module_backward_function)
+    )
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         offload.pre_sub_module_forward_function(module)
-        return (Release.apply(inputs[0]), *inputs[1:])
+        return (release.apply(inputs[0]), *inputs[1:])
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor:
         if not isinstance(output, Tensor):
             raise TypeError(f"{type(module).__name__} has weights and puts out {type(output).__name__}; under ZeRO-3 it must be one tensor")
         zero_offload.FWD_MODULE_STACK.pop()
         offload.post_sub_module_forward_function(module)
-        return Fetch.apply(output)  # type: ignore[return-value]
+        return fetch.apply(output)  # type: ignore[return-value]
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
+
+
+def _going_back(call: Callable[[], None]) -> type[torch.autograd.Function]:
+    """What it is applied to, unchanged; `call` is called when its gradient comes."""
+
+    class GoingBack(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            call()
+            return grads[0]
+
+    return GoingBack
 
 
 def add_biases_out_of_place() -> None:

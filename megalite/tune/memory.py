@@ -185,10 +185,10 @@ class _Wide:
         rest = np.maximum(elements - head, 0.0)
         blocks = np.floor(rest / block)
         rest -= blocks * block
-        part, sum_ = np.zeros_like(rest), 0.0
-        for matrix in self.matrices:
-            part += np.where(rest > sum_, matrix[rows][:, None], 0.0)
-            sum_ = sum_ + matrix[rows][:, None]
+        part, before = np.zeros_like(rest), 0.0
+        for matrix in (matrix[rows][:, None] for matrix in self.matrices):
+            part += np.where(rest > before, matrix, 0.0)
+            before = before + matrix
         return np.minimum(head + blocks * block + part, self.parameters[rows])
 
     def _buckets(self) -> Array:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -121,6 +122,18 @@ def test_deepspeeds_linear_adds_its_bias_twice_under_selective_recomputation(mon
     config = config_of(dp=2, recompute="selective")
     ours, plain = on_mesh(config, zero=3)[1], reference(config)[1]
     assert max(difference(ours.gradients[name], exact) for name, exact in plain.gradients.items()) > 1e-3
+
+
+class _Pair(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return x, super().forward(x)
+
+
+def test_a_module_with_weights_that_puts_out_no_single_tensor_is_refused() -> None:
+    pair = _Pair(2, 2)
+    mends.gather_around_modules_with_weights(nn.Sequential(pair), MagicMock(forward_hooks=[], backward_hooks=[]))
+    with pytest.raises(TypeError, match="_Pair has weights and puts out tuple; under ZeRO-3 it must be one tensor"):
+        pair(torch.ones(1, 2))
 
 
 def test_deepspeed_takes_slow_fp16_for_none() -> None:

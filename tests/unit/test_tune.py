@@ -67,6 +67,7 @@ def _walk(sizes: tuple[int, ...], *, place: int, pp: int, num: int) -> tuple[flo
     rounds = max(1, num // pp)
     schedule = SimpleNamespace(n_local_stages=len(sizes), pp_group_size=pp, microbatches_per_round=num // rounds, _n_microbatches=num)
     blocks, chunks, turn, deep = 0, 0, (0, 0), (0, 0)
+    # a schedule itself needs stages and ranks; its order needs these four numbers
     for action in filter(None, ScheduleInterleaved1F1B._calculate_single_rank_operations(schedule, place)):  # type: ignore[arg-type]
         chunk = action.stage_index // pp
         if action.computation_type.name == "FORWARD":
