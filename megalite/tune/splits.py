@@ -22,6 +22,7 @@ from megalite.tune.shape import Shape
 
 WIDE = 6
 INTERLEAVED = SCHEDULES.index("interleaved")
+ROUNDS = 3  # of microbatches that are followed; what is in flight is not more in later ones
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def flying(layouts: Layouts, split: Split) -> Flying:
     if len(rows):
         few = layouts.take(rows)
         rounds = np.maximum(1, few.microbatches // few.pp)
-        group, rounds = few.microbatches // rounds, np.minimum(rounds, 3)  # from the third round on, the second repeats
+        group, rounds = few.microbatches // rounds, np.minimum(rounds, ROUNDS)
         keys, back = np.unique((split.pipeline[rows] << 32) + (few.pp << 16) + (group << 2) + rounds, return_inverse=True)
         table = np.array([_followed(split, rows[at], few, at, group, rounds) for at in _firsts(back, len(keys))])  # (keys, kinds, 4)
         found[:, rows] = np.moveaxis(table[back.ravel()], 2, 0)

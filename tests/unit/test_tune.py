@@ -91,7 +91,7 @@ def test_what_is_in_flight_is_what_torchs_schedule_holds() -> None:
             continue
         sizes, place = (*(draw.randrange(0, 4) for _ in range(v - 1)), draw.randrange(0, 2)), draw.randrange(pp)
         group = num // max(1, num // pp)
-        found = splits._interleaved(sizes, pp - place, group, min(max(1, num // pp), 3))
+        found = splits._interleaved(sizes, pp - place, group, min(max(1, num // pp), splits.ROUNDS))
         assert found[:2] == _walk(sizes, place=place, pp=pp, num=num)[:2]
         if any(sizes):
             assert found == _walk(sizes, place=place, pp=pp, num=num)
