@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +27,26 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 ONE_RANK = """
 import os, pickle, sys
-os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
 sys.path.insert(0, {parity!r})
 import torch, torch.distributed as dist
 from compare import config_of
 from megalite.tune.parity import train_rank
 torch.cuda.set_device(0)
-dist.init_process_group("nccl")
+dist.init_process_group("nccl", init_method="file://{answer}.meeting", rank=0, world_size=1)
 answer = train_rank(0, config=config_of(), document={document!r}, steps={steps}, device="cuda")
 home = lambda owned: [(cut, start, flat.cpu()) for cut, start, flat in owned]
 answer.steps = [(loss, norm, home(gradients), home(weights)) for loss, norm, gradients, weights in answer.steps]
-pickle.dump(answer, open({answer!r}, "wb"))
+pickle.dump(answer, open("{answer}", "wb"))
 dist.destroy_process_group()
 """
 
 
 def _one_rank(document: dict[str, Any], *, steps: int, tmp_path: Path) -> Any:
     """What the one rank of a GPU saw, in a process of its own."""
-    path, parity = tmp_path / "steps.pickle", str(Path(__file__).parent.parent / "parity")
-    code = ONE_RANK.format(parity=parity, document=document, steps=steps, answer=str(path))
+    path, parity = Path(tempfile.mkdtemp(dir=tmp_path), "steps.pickle"), str(Path(__file__).parent.parent / "parity")
+    port = random.SystemRandom().randrange(10_000, 30_000)  # nobody listens there; DeepSpeed names its shared memory after it
+    code = ONE_RANK.format(parity=parity, document=document, steps=steps, answer=path, port=port)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     return pickle.loads(path.read_bytes())
 
