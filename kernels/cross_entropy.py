@@ -1,5 +1,5 @@
-"""Linear map to a vocabulary and cross-entropy in one, without the logits: they are made a piece of the vocabulary at a time, used, and
-made again in the backward pass.
+"""Linear map to a vocabulary and cross-entropy in one. The logits are made a piece of the vocabulary at a time, used, and made again in the
+backward pass; or, in one piece, kept until the backward pass puts their gradient over them.
 
 What a token's loss needs of its v logits is three numbers, its *statistics*: their log-sum-exp, the logit of the label, and their sum.
 Those of two pieces of the vocabulary combine into those of both, whether the pieces are made one after another or lie on several ranks. The
@@ -8,6 +8,9 @@ matrix products are PyTorch's; what is done to a piece in between is one Triton 
 Pieces of the vocabulary and not of the tokens: so each piece of the weight's gradient is one product, and nothing is summed over pieces
 in low precision but the input's gradient, n x d in fp32. Made again and not kept from the forward pass (Hsu et al. 2024, arXiv:2410.10989,
 keep the gradient of the whole weight instead): a pipeline has many microbatches in flight, each of which would hold one.
+
+Rows of logits begin at multiples of 16 bytes, whatever the vocabulary: for others cuBLAS (13.1) has kernels of an older kind alone, and the
+three products of GPT-2's 50257 words took five times as long (docs/benchmarks).
 
 Shapes: n tokens, d width, v vocabulary (or this rank's part of it).
 """
@@ -19,7 +22,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from .attention import DTYPES, why_not_triton
@@ -66,7 +68,8 @@ def linear_statistics(
 ) -> Tensor:
     """(3, n) fp32: log-sum-exp, logit of the label, sum, over the words [first, first + v) that `weight` (v, d) holds; it has gradients.
 
-    A label outside of them has the logit 0 here: another rank has it. impl: auto is Triton where it runs and PyTorch elsewhere.
+    A label outside of them has the logit 0 here: another rank has it. pieces = 1 keeps the logits, in x's precision, and goes back once.
+    impl: auto is Triton where it runs and PyTorch elsewhere.
     Under autocast, x, weight and bias are cast to its dtype.
     """
     if torch.is_autocast_enabled(x.device.type):
@@ -83,7 +86,10 @@ def linear_statistics(
     reason = _why_not(x) if impl == "auto" else why_not_triton(x) if impl == "triton" else "reference"
     if impl == "triton" and reason:
         raise ValueError(f"impl = triton, but {reason}; use impl = auto or reference")
-    return torch.ops.megalite.linear_statistics(x, weight, bias, labels.contiguous(), first, pieces, reason is None)
+    labels = labels.contiguous()
+    if pieces == 1:
+        return _OnePiece.apply(x, weight, bias, labels, first, reason is None)  # type: ignore[return-value]
+    return torch.ops.megalite.linear_statistics(x, weight, bias, labels, first, pieces, reason is None)
 
 
 def _why_not(x: Tensor) -> str | None:
@@ -125,15 +131,56 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> Tensor:
-    return F.linear(x, weight[start:stop], None if bias is None else bias[start:stop])
+def _make_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(n, v), its rows aligned."""
+    n, v = len(x), len(weight)
+    unit = 16 // x.element_size()
+    logits = x.new_empty(n, -(-v // unit) * unit)[:, :v]
+    return torch.mm(x, weight.T, out=logits) if bias is None else torch.addmm(bias, x, weight.T, out=logits)
+
+
+class _OnePiece(torch.autograd.Function):
+    """(3, n), with the logits kept. The backward pass writes over them, so it can run once; autograd says so to whoever tries again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, first: int, fused: bool) -> Tensor:
+        logits = _make_logits(x, weight, bias)
+        statistics = torch.ops.megalite.logit_statistics(logits, labels, first, fused)
+        ctx.save_for_backward(logits, x, weight, labels, statistics)
+        ctx.biased, ctx.first, ctx.fused = bias is not None, first, fused
+        return statistics
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, x, weight, labels, statistics = ctx.saved_tensors
+        torch.ops.megalite.logit_gradient(logits, labels, statistics, grads[0].contiguous(), ctx.first, ctx.fused)
+        return logits @ weight, logits.T @ x, logits.sum(0) if ctx.biased else None, None, None, None
+
+
+@torch.library.custom_op("megalite::logit_statistics", mutates_args=())
+def _logit_statistics(logits: Tensor, labels: Tensor, first: int, fused: bool) -> Tensor:
+    return _measure(logits, labels, first, fused)
+
+
+@_logit_statistics.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty((3, len(logits)), dtype=_exact(logits.dtype))
+
+
+@torch.library.custom_op("megalite::logit_gradient", mutates_args=("logits",))
+def _logit_gradient(logits: Tensor, labels: Tensor, statistics: Tensor, given: Tensor, first: int, fused: bool) -> None:
+    """Over the logits."""
+    gradient = _differentiate(logits, labels, statistics, given, first, fused)
+    if gradient is not logits:
+        logits.copy_(gradient)
 
 
 @torch.library.custom_op("megalite::linear_statistics", mutates_args=())
-def _statistics(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, first: int, pieces: int, fused: bool) -> Tensor:
+def _linear_statistics(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, first: int, pieces: int, fused: bool) -> Tensor:
     found = None
     for start, stop in _cuts(len(weight), pieces):
-        piece = _measure(_logits(x, weight, bias, start, stop), labels, first + start, fused)
+        logits = _make_logits(x, weight[start:stop], None if bias is None else bias[start:stop])
+        piece = _measure(logits, labels, first + start, fused)
         if found is None:
             found = piece
         else:
@@ -143,7 +190,7 @@ def _statistics(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, 
     return found
 
 
-@_statistics.register_fake
+@_linear_statistics.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty((3, len(x)), dtype=_exact(x.dtype))
 
@@ -158,7 +205,8 @@ def _backward(
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     for start, stop in _cuts(len(weight), pieces):
-        gradient = _differentiate(_logits(x, weight, bias, start, stop), labels, statistics, given, first + start, bool(fused))
+        logits = _make_logits(x, weight[start:stop], None if bias is None else bias[start:stop])
+        gradient = _differentiate(logits, labels, statistics, given, first + start, bool(fused))
         torch.mm(gradient.T, x, out=dweight[start:stop])
         if dbias is not None:
             dbias[start:stop] = gradient.sum(0)
@@ -183,7 +231,7 @@ def _go_back(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, dbias[0] if dbias else None, None, None, None, None
 
 
-_statistics.register_autograd(_go_back, setup_context=_remember)
+_linear_statistics.register_autograd(_go_back, setup_context=_remember)
 
 
 @register_flop_formula(torch.ops.megalite.linear_statistics)

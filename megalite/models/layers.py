@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from megalite_kernels import linear_statistics  # pyright: ignore[reportMissingImports]
+from megalite_kernels.selftest import why_not_rows  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -120,7 +121,8 @@ class Block(nn.Module):
 class Projection(nn.Linear):
     """To the vocabulary: (b, s, d) -> logits (b, s, v); or, given labels (b, s), what the loss needs of the logits, (3, b s).
 
-    That is made in `pieces` of the vocabulary, so no more than 1 / pieces of the logits is ever in memory; see `megalite_kernels`.
+    That is made in `pieces` of the vocabulary, so no more than 1 / pieces of the logits is ever in memory; one piece is kept for the
+    backward pass. See `megalite_kernels`.
     """
 
     pieces = 1
@@ -151,10 +153,18 @@ class TokenLoss(nn.Module):
 
 
 def token_loss(project: nn.Module, loss: nn.Module, x: Tensor, batch: Batch) -> Tensor:
-    """The weighted sum of the losses of x (b, s, d), which the head has normalised: a `Projection` and a `TokenLoss`, cut or not."""
-    if project.pieces == 1:
+    """The weighted sum of the losses of x (b, s, d), which the head has normalised: a `Projection` and a `TokenLoss`, cut or not.
+
+    On a GPU through the fused kernels, elsewhere, unless in pieces, through PyTorch's.
+    """
+    if project.pieces == 1 and not has_fused_loss(x):
         return loss(project(x), batch["labels"], batch["weights"])
     return loss.of_statistics(project(x, batch["labels"]), batch["weights"])  # type: ignore[operator]
+
+
+def has_fused_loss(x: Tensor) -> bool:
+    """Whether the kernels take what the loss needs from the logits of a hidden state like x."""
+    return x.is_cuda and why_not_rows(x) is None
 
 
 def split_vocabulary(layer: nn.Module, pieces: int) -> None:

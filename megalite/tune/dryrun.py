@@ -5,7 +5,7 @@ of code own it), the FLOPs it computes and every collective it calls. Fake tenso
 are those of a real run (ledger.py), and a test compares them with real ranks, byte for byte.
 
 On the fake GPU, attention goes through our kernels' operators (kernels/operators.py): queries, keys, values, the result and one number a
-row are kept, and with dropout the numbers that say what is dropped.
+row are kept, and with dropout the numbers that say what is dropped. So does the loss (kernels/cross_entropy.py): the logits are kept.
 """
 
 from __future__ import annotations
@@ -99,10 +99,12 @@ def walk(config: Config, document: dict[str, Any], *, mesh: Any, owners: bool) -
 
 
 def _compute_as_on_a_gpu() -> None:
-    """Attention goes through the operators of our kernels, which know what they put out; the kernels themselves are never called."""
-    ours, theirs = (importlib.import_module(name) for name in ("megalite.models.attention", "megalite_kernels.attention"))
-    ours.is_fused = lambda q, *, dropout=False: True  # type: ignore[attr-defined]
-    theirs.why_not_triton = lambda q: None  # type: ignore[attr-defined]
+    """Attention and loss go through the operators of our kernels, which know what they put out; the kernels themselves are never called."""
+    found = ("megalite.models.attention", "megalite.models.layers", "megalite_kernels.attention", "megalite_kernels.cross_entropy")
+    attention, layers, kernels, rows = (importlib.import_module(name) for name in found)
+    attention.is_fused = lambda q, *, dropout=False: True  # type: ignore[attr-defined]
+    layers.has_fused_loss = lambda x: True  # type: ignore[attr-defined]
+    kernels.why_not_triton = rows._why_not = lambda q: None  # type: ignore[attr-defined]
     functional.rms_norm = _rms_norm
 
 

@@ -4,7 +4,7 @@ In: a shape, layouts with their stage splits, a runtime.  Out: bytes by part, of
 The account is that of our engine: DeepSpeed's flat buffers and buckets (parallel/zero.py), the tensors that autograd keeps for each block
 (models/layers.py), one set a microbatch in flight. A step has three moments that can be its fullest, and building the engine one:
 
-    turn      all activations are there and the head goes back: logits in fp32, their gradient beside them
+    turn      all activations are there and the head goes back: logits, and over them their gradient
     deep      the first block that goes back, with its gradients and buckets
     update    activations are gone, the optimizer needs room for its arithmetic
 
@@ -116,7 +116,7 @@ class _Wide:
         ours = runtime.name == "megalite"
         # 1F1B with chunks goes back through the head at once
         heads = np.where(layouts.schedule[:, None] == INTERLEAVED, 1, np.minimum(held.turn_chunks, layouts.microbatches[:, None]))
-        head = split.head * self.hidden + 4.0 * vocabulary * ours
+        head = split.head * self.hidden + runtime.width * vocabulary * ours  # logits are kept
         # a stage keeps what it puts out, too; the head, its norm's result
         self.turning = held.turn_blocks * kept[:, None] + held.turn_chunks * self.hidden + heads * head
         self.deepest = held.deep_blocks * kept[:, None] + held.deep_chunks * self.hidden + (heads - 1) * head  # one has gone back
@@ -216,10 +216,12 @@ class _Wide:
 
     def turn(self) -> dict[str, Array]:
         found = self._blank()
-        tp, w, c = self.layouts.tp[:, None] > 1, self.runtime.width, self.runtime.memory
+        w, c = self.runtime.width, self.runtime.memory
         found["activations"] = self.turning + self.received + self.sent
-        each = np.where(tp, 4.0 + w, 4.0 * 2) if self.runtime.name == "megalite" else 12.0 + 4.0 * (self.layouts.microbatches > 1)[:, None]
-        found["working"] = self.logits * each * c.logits + self.passing
+        if self.runtime.name == "megalite":
+            found["working"] = self.split.head * (w * self.vocabulary_weight + self.hidden)  # the gradients of the head's weight and input
+        else:
+            found["working"] = self.logits * (12.0 + 4.0 * (self.layouts.microbatches > 1)[:, None]) * c.logits + self.passing
         found["gathered"] = self._gathered(turn=True)
         breadth = np.isin(self.layouts.schedule, (1, 3))  # all forwards first
         first = ((self.layouts.microbatches > 1) & ~breadth)[:, None]  # sums of the microbatch before are there
