@@ -176,7 +176,7 @@ class _Wide:
             ahead = np.minimum(np.maximum(live - again, 0), bucket)
             first = np.where(head > 0, head, self.matrices[0][rows, None])
             self.around[rows] = np.where(first <= live, self._reach(again + ahead, rows, head), 0.0)
-        at_work = 0.0 if turn else np.maximum(self.matrices[0], self.matrices[1])[:, None]
+        at_work = self.split.head * self.vocabulary_weight if turn else np.maximum(self.matrices[0], self.matrices[1])[:, None]
         return self.runtime.width * (self.stage == 3) * np.maximum(self.around, at_work)
 
     def _reach(self, elements: Array, rows: Array, head: Array) -> Array:
