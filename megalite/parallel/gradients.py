@@ -66,16 +66,16 @@ def complete(pieces: list[Piece], mesh: Mesh, *, replicated: bool, partial: bool
 def norm(pieces: list[Piece], mesh: Mesh) -> float:
     """Of the gradients of the whole mesh, every logical element once; not finite where one of them is not."""
     total = torch.zeros((), dtype=torch.float64 if mesh.device.type == "cpu" else torch.float32, device=mesh.device)
-    for piece in pieces:
-        if piece.first:
-            total += torch.linalg.vector_norm(_gradient(piece), dtype=torch.float32).to(total.device, total.dtype) ** 2
+    if found := [_gradient(piece) for piece in pieces if piece.first]:
+        norms = torch._foreach_norm(found, 2, dtype=torch.float32)  # one kernel for all
+        total += torch.stack(norms).to(total.device, total.dtype).square().sum()
     dist.all_reduce(total)
     return math.sqrt(total.item())
 
 
 def multiply(pieces: list[Piece], factor: float) -> None:
-    for piece in pieces:
-        _gradient(piece).mul_(factor)
+    if pieces:
+        torch._foreach_mul_([_gradient(piece) for piece in pieces], factor)
 
 
 def _gradient(piece: Piece) -> Tensor:

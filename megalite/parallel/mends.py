@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import deepspeed.runtime.zero.linear as zero_linear
-import deepspeed.runtime.zero.parameter_offload as zero_offload
 import deepspeed.runtime.zero.partition_parameters as zero_partition
 import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
 import deepspeed.runtime.zero.stage3 as zero_stage3
@@ -24,8 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from megalite.mesh import Mesh
-
-PRIVATE = "_PartitionedParameterCoordinator__"  # how Python spells that class's private names
+from megalite.parallel.gather import PRIVATE
 
 
 def start() -> None:
@@ -41,8 +38,8 @@ def start() -> None:
     if accelerator.device_name() == "cpu":
         # 0.19.8 takes "oneDNN has no fast fp16 here" for "torch cannot compute in fp16"; slow will do for proofs and trials
         accelerator.is_fp16_supported = lambda: True
-        # ranges for NVIDIA's profiler around every function of ZeRO, where no such profiler is
-        importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False  # type: ignore[attr-defined]
+    # ranges for NVIDIA's profiler around every function of ZeRO, thousands in a step
+    importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
@@ -104,57 +101,40 @@ def bound_live_parameters() -> None:
     setattr(coordinator, f"{PRIVATE}params_to_release", bounded)
 
 
-def gather_around_modules_with_weights(stage: nn.Module, offload: Any) -> None:
-    """Fetch a module's weights before its forward and its backward pass of each microbatch, and release them after both.
-
-    DeepSpeed 0.19.8 counts, in one number for each module, the inputs whose gradients are still to come, and sets it to 0 in every forward.
-    With several microbatches in flight that number is wrong from the second backward on, and weights stayed gathered.
-    A module of ours that has weights has one input with a gradient and one output, so there is nothing to count. And it has hooks around
-    every module, also those without weights, in general functions that inspect their signature in every call: a quarter of a small model's
-    step. Raises TypeError in the forward pass of a module with weights that puts out anything but one tensor.
+def let_the_host_run_ahead(optimizer: Any) -> None:
+    """After every backward pass DeepSpeed 0.19.8 waits until the GPU has reduced all gradients, so that the GPU has nothing to do until the
+    host has called the next pass. Here the stream that computes waits, and the host does not.
     """
-    for hook in (*offload.forward_hooks, *offload.backward_hooks):
-        hook.remove()
-    for module in stage.modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            _gather_around(module, offload)
+    if not torch.cuda.is_available():
+        return
+    accelerator: Any = get_accelerator()
+    finish, wait = optimizer.independent_gradient_partition_epilogue, accelerator.synchronize
+    stream = getattr(optimizer, "reduce_and_partition_stream", None) or optimizer.reduction_stream
+
+    class Stream(torch.cuda.Stream):
+        def synchronize(self) -> None:
+            torch.cuda.current_stream().wait_stream(self)
+
+    patient = Stream(stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type)
+    for name in ("reduce_and_partition_stream", "reduction_stream"):
+        if hasattr(optimizer, name):
+            setattr(optimizer, name, patient)
+
+    def finish_in_order(*args: Any, **kwargs: Any) -> Any:
+        accelerator.synchronize = patient.synchronize
+        try:
+            return finish(*args, **kwargs)
+        finally:
+            accelerator.synchronize = wait
+
+    optimizer.independent_gradient_partition_epilogue = finish_in_order
 
 
-def _gather_around(module: nn.Module, offload: Any) -> None:
-    fetch, release = (
-        _going_back(functools.partial(call, module))
-        for call in (offload.pre_sub_module_backward_function, offload.post_sub_module_backward_function)
-    )
-
-    def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        offload.pre_sub_module_forward_function(module)
-        return (release.apply(inputs[0]), *inputs[1:])
-
-    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise TypeError(f"{type(module).__name__} has weights and puts out {type(output).__name__}; under ZeRO-3 it must be one tensor")
-        zero_offload.FWD_MODULE_STACK.pop()
-        offload.post_sub_module_forward_function(module)
-        return fetch.apply(output)  # type: ignore[return-value]
-
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
-
-
-def _going_back(call: Callable[[], None]) -> type[torch.autograd.Function]:
-    """What it is applied to, unchanged; `call` is called when its gradient comes."""
-
-    class GoingBack(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            call()
-            return grads[0]
-
-    return GoingBack
+def keep_gradients_of_one_rank(optimizer: Any) -> None:
+    """Gradients of weights that no other rank holds are whole and stay. DeepSpeed 0.19.8 copies them together, divides them by 1 and
+    scatters them over one rank: a twentieth of the step of a model on one GPU.
+    """
+    optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = lambda parameters, _: [p.grad.view(-1) for p in parameters]
 
 
 def add_biases_out_of_place() -> None:

@@ -35,6 +35,7 @@ from megalite.config import suggest
 from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.parallel import gradients, mends
+from megalite.parallel.gather import PRIVATE, Gathering
 from megalite.parallel.pieces import Flat, Piece, Sharded
 
 
@@ -184,12 +185,15 @@ class Zero:
         self.inner.complete_grad_norm_calculation_for_cpu_offload = self.inner.get_grad_norm_direct
         self.inner.check_overflow = lambda *_, **__: setattr(self.inner, "overflow", self.overflow)
         self.inner.check_grad_overflow = True
+        mends.let_the_host_run_ahead(self.inner)
         if self.sharded:
             # DeepSpeed records one trace per root forward; a schedule interleaves forwards and backwards and never repeats it.
             # The trace is taken over the whole optimizer step instead (see `step`): weights stay gathered between neighbouring
             # uses and prefetching works.
             self.inner.parameter_offload.fwd_pre_hook.remove()
-            mends.gather_around_modules_with_weights(stage, self.inner.parameter_offload)
+            self.gathering = Gathering(stage, self.inner.parameter_offload)
+            if dist.get_world_size(group) == 1:
+                mends.keep_gradients_of_one_rank(self.inner)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -205,6 +209,8 @@ class Zero:
             buffer.zero_()
         with self.engine.coalesce_grad_reduction() if self.once else nullcontext():
             yield
+        if self.sharded:
+            self.gathering.end_step()
         if self.once:
             self.engine.set_gradient_accumulation_boundary(True)
 
@@ -230,14 +236,15 @@ class Zero:
             return
         coordinator = self._coordinator()
         coordinator.reset_step()  # ends the recording of the step before, if there was one
-        kept = {name: getattr(coordinator, mends.PRIVATE + name) for name in ("trace_mode", "submodule_order", "param_order")}
-        setattr(coordinator, mends.PRIVATE + "trace_mode", zero_coordinator.ZeRoTraceMode.INVALID)
+        kept = {name: getattr(coordinator, PRIVATE + name) for name in ("trace_mode", "submodule_order", "param_order")}
+        setattr(coordinator, PRIVATE + "trace_mode", zero_coordinator.ZeRoTraceMode.INVALID)
         coordinator._clear_trace_structures()
         try:
             yield
         finally:
             for name, value in kept.items():
-                setattr(coordinator, mends.PRIVATE + name, value)
+                setattr(coordinator, PRIVATE + name, value)
+            self.gathering.there.clear()
             self.inner.parameter_offload.partition_all_parameters()
 
     def _coordinator(self) -> Any:

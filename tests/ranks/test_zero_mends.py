@@ -24,6 +24,7 @@ from megalite.config import Config
 from megalite.crew import RankError
 from megalite.mesh import Mesh
 from megalite.parallel import mends, zero
+from megalite.parallel.gather import PRIVATE, Gathering
 from megalite.tune import parity
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))
@@ -129,9 +130,10 @@ class _Pair(nn.Linear):
         return x, super().forward(x)
 
 
-def test_a_module_with_weights_that_puts_out_no_single_tensor_is_refused() -> None:
+def test_a_module_with_weights_that_puts_out_no_single_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = _Pair(2, 2)
-    mends.gather_around_modules_with_weights(nn.Sequential(pair), MagicMock(forward_hooks=[], backward_hooks=[]))
+    monkeypatch.setattr(Gathering, "_may_all_stay", lambda self, stage: False)
+    Gathering(nn.Sequential(pair), MagicMock(forward_hooks=[], backward_hooks=[]))
     with pytest.raises(TypeError, match="_Pair has weights and puts out tuple; under ZeRO-3 it must be one tensor"):
         pair(torch.ones(1, 2))
 
@@ -151,8 +153,9 @@ def _decide_twice(rank: int, *, config: Config, distance: int, prefetched: int) 
 
     zero_3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": distance}
     zero_3["stage3_prefetch_bucket_size"] = prefetched
+    Gathering._may_all_stay = lambda self, stage: False  # type: ignore[method-assign]
     engine = parity.start_engine(config, {"zero_optimization": zero_3})
-    name, read = f"{mends.PRIVATE}params_to_release", Counter()
+    name, read = f"{PRIVATE}params_to_release", Counter()
     ours = getattr(zero_coordinator.PartitionedParameterCoordinator, name)
     iter_params, who = zero_coordinator.iter_params, ["nobody"]
 
