@@ -2,12 +2,15 @@
 
 On a GPU that the kernels of `megalite_kernels` know, they do the work; elsewhere PyTorch's SDPA does. Before a kernel is trusted it is held
 to plain PyTorch once a process, on this GPU, in this precision and head width. The kernels' mask, spans, is the same for all layers:
-`with_spans` puts it into a batch once.
+`with_spans` puts it into a batch once. On Hopper, where nothing is masked but the future, cuDNN does the work through PyTorch: it is faster
+there (docs/benchmarks).
 
 Shapes: b batch, s sequence, h query heads, g key-value heads, k head width.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from megalite_kernels import Spans, attention  # pyright: ignore[reportMissingImports] # the folder kernels/ under another name
@@ -16,6 +19,7 @@ from megalite_kernels.selftest import why_not  # pyright: ignore[reportMissingIm
 from megalite_kernels.spans import document_spans, padding_spans  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalite.config import Model
 from megalite.models.batch import Batch
@@ -59,6 +63,8 @@ def attend(
     and the numbers of every row (b, h, s) and key (b, h, s) that say which. Without the kernels all of them are kept in memory for it.
     """
     assert lengths is None or (documents is None and not causal), "padding is masked for bidirectional attention only"
+    if lengths is None and documents is None and dropout is None and q.is_cuda and _has_cudnn(q.device, q.dtype, q.shape[2:], k.shape[2]):
+        return _attend_by_cudnn(q, k, v, causal=causal)
     if is_fused(q, dropout=dropout is not None):
         bounds = _spans(causal=causal, lengths=lengths, documents=documents, rows=q.shape[1]) if spans is None else Spans(*spans)
         rate, draws = dropout or (0.0, None)
@@ -73,6 +79,40 @@ def attend(
         mask = mask.tril() if causal else mask
     if dropout is not None:
         return _attend_with_dropout(q, k, v, *dropout, mask=mask, causal=causal)
+    return _attend_by_sdpa(q, k, v, mask=mask, causal=causal)
+
+
+def _has_cudnn(device: torch.device, dtype: torch.dtype, heads: torch.Size, keys: int) -> bool:
+    """Whether to leave attention of so many heads of a width to cuDNN: it has no deterministic backward pass here."""
+    return not torch.are_deterministic_algorithms_enabled() and _try_cudnn(device, dtype, *heads, keys)
+
+
+@cache
+def _try_cudnn(device: torch.device, dtype: torch.dtype, heads: int, width: int, keys: int) -> bool:
+    """Hopper, and right there: it is held to PyTorch's own arithmetic, forward and back."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0) or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    with torch.random.fork_rng(devices=[device]), torch.inference_mode(False), torch.enable_grad():
+        inputs = [torch.randn(1, 128, h, width, device=device, dtype=dtype) for h in (heads, keys, keys)]
+        exact, ours = ([t.to(precision).requires_grad_() for t in inputs] for precision in (torch.float32, dtype))
+        try:
+            found = _attend_by_cudnn(*ours, causal=True)
+            found = [found, *torch.autograd.grad(found.float().square().sum(), ours)]
+        except RuntimeError:  # this cuDNN, or this PyTorch, has nothing for such heads
+            return False
+        with sdpa_kernel(SDPBackend.MATH):
+            right = _attend_by_sdpa(*exact, causal=True, mask=None)
+        right = [right, *torch.autograd.grad(right.square().sum(), exact)]
+        return all(float((a.float() - b).norm() / b.norm()) < 2e-2 for a, b in zip(found, right, strict=True))
+
+
+def _attend_by_cudnn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    turned = (t.transpose(1, 2) for t in (q, k, v))
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(*turned, None, needs_gradient, 0.0, causal, False)[0].transpose(1, 2)
+
+
+def _attend_by_sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool) -> Tensor:
     mixed = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 PRIVATE = "_PartitionedParameterCoordinator__"  # how Python spells that class's private names
 
@@ -29,6 +30,9 @@ class Gathering:
             hook.remove()
         self.offload, self.coordinator = offload, offload.get_param_coordinator()
         self.all_stay = self._may_all_stay(stage)
+        if self.all_stay:
+            # DeepSpeed's, in Python, is for weights that go and come back
+            functional.linear = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]
         self.there: set[nn.Module] = set()
         for module in stage.modules():
             if next(module.parameters(recurse=False), None) is not None:
@@ -36,7 +40,7 @@ class Gathering:
 
     def _may_all_stay(self, stage: nn.Module) -> bool:
         limits = (getattr(self.coordinator, f"{PRIVATE}max_{name}") for name in ("n_available_params", "reuse_dist_in_numel"))
-        return sum(parameter.ds_numel for parameter in stage.parameters()) <= min(limits)
+        return sum(parameter.ds_numel for parameter in stage.parameters()) <= min(limits)  # type: ignore[attr-defined]
 
     def end_step(self) -> None:
         """After the last backward pass of a step: let go of what stayed, for the optimizer renews it."""
@@ -53,9 +57,7 @@ class Gathering:
         module.register_forward_pre_hook(before)
 
     def _gather_around(self, module: nn.Module) -> None:
-        """Fetch before forward and backward, release after both. Raises TypeError in the forward pass of a module that puts out anything but
-        one tensor.
-        """
+        """Fetch before forward and backward, release after both. TypeError in the forward pass of a module that puts out no single tensor."""
         fetch = _going_back(functools.partial(self._fetch, module, forward=False))
         release = _going_back(functools.partial(self.coordinator.release_sub_module, module, forward=False))
 

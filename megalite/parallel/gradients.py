@@ -67,7 +67,7 @@ def norm(pieces: list[Piece], mesh: Mesh) -> float:
     """Of the gradients of the whole mesh, every logical element once; not finite where one of them is not."""
     total = torch.zeros((), dtype=torch.float64 if mesh.device.type == "cpu" else torch.float32, device=mesh.device)
     if found := [_gradient(piece) for piece in pieces if piece.first]:
-        norms = torch._foreach_norm(found, 2, dtype=torch.float32)  # one kernel for all
+        norms = torch._foreach_norm(found, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
         total += torch.stack(norms).to(total.device, total.dtype).square().sum()
     dist.all_reduce(total)
     return math.sqrt(total.item())
@@ -75,7 +75,7 @@ def norm(pieces: list[Piece], mesh: Mesh) -> float:
 
 def multiply(pieces: list[Piece], factor: float) -> None:
     if pieces:
-        torch._foreach_mul_([_gradient(piece) for piece in pieces], factor)
+        torch._foreach_mul_([_gradient(piece) for piece in pieces], factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _gradient(piece: Piece) -> Tensor:
