@@ -57,7 +57,7 @@ class Gathering:
         module.register_forward_pre_hook(before)
 
     def _gather_around(self, module: nn.Module) -> None:
-        """Fetch before forward and backward, release after both. TypeError in the forward pass of a module that puts out no single tensor."""
+        """Fetch before forward and backward, release after both. TypeError in the forward pass of one that puts out no single tensor."""
         fetch = _going_back(functools.partial(self._fetch, module, forward=False))
         release = _going_back(functools.partial(self.coordinator.release_sub_module, module, forward=False))
 
