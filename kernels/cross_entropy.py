@@ -9,8 +9,8 @@ Pieces of the vocabulary and not of the tokens: so each piece of the weight's gr
 in low precision but the input's gradient, n x d in fp32. Made again and not kept from the forward pass (Hsu et al. 2024, arXiv:2410.10989,
 keep the gradient of the whole weight instead): a pipeline has many microbatches in flight, each of which would hold one.
 
-Rows of logits begin at multiples of 16 bytes, whatever the vocabulary: for others cuBLAS (13.1) has kernels of an older kind alone, and the
-three products of GPT-2's 50257 words took five times as long (docs/benchmarks).
+Whatever the vocabulary, products are made with a multiple of 64 words, those that there are not having the weight 0: for others cuBLAS
+(13.1) has kernels of an older kind alone, and the three products of GPT-2's 50257 words took five times as long (docs/benchmarks).
 
 Shapes: n tokens, d width, v vocabulary (or this rank's part of it).
 """
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .attention import DTYPES, why_not_triton
 
 LSE, OWN, TOTAL = range(3)
+UNIT = 64  # words
 IGNORED = -100
 
 
@@ -99,7 +100,9 @@ def _why_not(x: Tensor) -> str | None:
 
 
 def _cuts(v: int, pieces: int) -> list[tuple[int, int]]:
-    return list(pairwise(v * number // pieces for number in range(pieces + 1)))
+    """Begin and end of every piece, at multiples of UNIT where the vocabulary is large enough."""
+    unit = UNIT if v >= pieces * UNIT else 1
+    return list(pairwise([*(v * number // pieces // unit * unit for number in range(pieces)), v]))
 
 
 def _measure(logits: Tensor, labels: Tensor, first: int, fused: bool) -> Tensor:
@@ -131,12 +134,23 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _make_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(n, v), its rows aligned."""
-    n, v = len(x), len(weight)
-    unit = 16 // x.element_size()
-    logits = x.new_empty(n, -(-v // unit) * unit)[:, :v]
-    return torch.mm(x, weight.T, out=logits) if bias is None else torch.addmm(bias, x, weight.T, out=logits)
+def _padded(weight: Tensor, words: int) -> Tensor:
+    """Of weight (v, d) or (v,), with zeros for more words; itself where there are enough."""
+    return weight if len(weight) == words else torch.cat([weight, weight.new_zeros(words - len(weight), *weight.shape[1:])])
+
+
+def _make_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits (n, v) in aligned rows, and the padded weight, (w, d), that made them."""
+    words = -(-len(weight) // UNIT) * UNIT
+    wide = _padded(weight, words)
+    logits = x @ wide.T if bias is None else torch.addmm(_padded(bias, words), x, wide.T)
+    return logits[:, : len(weight)], wide
+
+
+def _go_back_from(gradient: Tensor, x: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x (n, d) and weight (v, d) from that of logits (n, v), which lies where `_make_logits` made them, beside zeros."""
+    whole = gradient.as_strided((len(gradient), len(wide)), gradient.stride())
+    return whole @ wide, (whole.T @ x)[: gradient.shape[1]]
 
 
 class _OnePiece(torch.autograd.Function):
@@ -144,7 +158,7 @@ class _OnePiece(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, first: int, fused: bool) -> Tensor:
-        logits = _make_logits(x, weight, bias)
+        logits, _ = _make_logits(x, weight, bias)
         statistics = torch.ops.megalite.logit_statistics(logits, labels, first, fused)
         ctx.save_for_backward(logits, x, weight, labels, statistics)
         ctx.biased, ctx.first, ctx.fused = bias is not None, first, fused
@@ -154,7 +168,8 @@ class _OnePiece(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, x, weight, labels, statistics = ctx.saved_tensors
         torch.ops.megalite.logit_gradient(logits, labels, statistics, grads[0].contiguous(), ctx.first, ctx.fused)
-        return logits @ weight, logits.T @ x, logits.sum(0) if ctx.biased else None, None, None, None
+        dx, dweight = _go_back_from(logits, x, _padded(weight, logits.stride(0)))
+        return dx, dweight, logits.sum(0) if ctx.biased else None, None, None, None
 
 
 @torch.library.custom_op("megalite::logit_statistics", mutates_args=())
@@ -179,7 +194,7 @@ def _logit_gradient(logits: Tensor, labels: Tensor, statistics: Tensor, given: T
 def _linear_statistics(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, first: int, pieces: int, fused: bool) -> Tensor:
     found = None
     for start, stop in _cuts(len(weight), pieces):
-        logits = _make_logits(x, weight[start:stop], None if bias is None else bias[start:stop])
+        logits, _ = _make_logits(x, weight[start:stop], None if bias is None else bias[start:stop])
         piece = _measure(logits, labels, first + start, fused)
         if found is None:
             found = piece
@@ -205,12 +220,12 @@ def _backward(
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     for start, stop in _cuts(len(weight), pieces):
-        logits = _make_logits(x, weight[start:stop], None if bias is None else bias[start:stop])
-        gradient = _differentiate(logits, labels, statistics, given, first + start, bool(fused))
-        torch.mm(gradient.T, x, out=dweight[start:stop])
+        logits, wide = _make_logits(x, weight[start:stop], None if bias is None else bias[start:stop])
+        gradient = logits.copy_(_differentiate(logits, labels, statistics, given, first + start, bool(fused)))
+        part, dweight[start:stop] = _go_back_from(gradient, x, wide)
         if dbias is not None:
             dbias[start:stop] = gradient.sum(0)
-        dx += gradient @ weight[start:stop]
+        dx += part
     return [dx.to(x.dtype), dweight, *([] if dbias is None else [dbias])]
 
 

@@ -185,6 +185,9 @@ class Train(Section):
     is dear, matrix products, attention and what came over a link, and compute norms, activations and rotations again."""
     recompute_layers: PositiveInt | None = None
     """Blocks of every chunk of layers that compute again, the first ones; left out: all."""
+    compile: bool = False
+    """torch.compile every block: what lies between its matrix products becomes few kernels. Not with mesh.tp or mesh.cp, and under ZeRO-3
+    only where a stage's weights stay for a step."""
     loss_pieces: PositiveInt = 1
     """Pieces of the vocabulary in which the head makes logits, each again in the backward pass: one is in memory at a time, and the head's
     work grows by a third."""

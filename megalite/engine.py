@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from megalite import models, optim
 from megalite.config import Config
+from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.models import counts as costing
-from megalite.models.attention import positions_in, with_spans
+from megalite.models.attention import attend, positions_in, with_spans
 from megalite.models.batch import HIDDEN, TOKENS
-from megalite.models.layers import split_vocabulary
+from megalite.models.layers import Block, split_vocabulary
 from megalite.parallel import mends, stages, tensor, zero
 from megalite.parallel.context import share as share_sequence
 from megalite.parallel.gradients import LossScale
@@ -94,8 +95,10 @@ class Engine:
             mends.open_secondary_groups(mesh, size)
         module = self._build(shard=stage == 3, configuration=configuration)
         tied = {name for pair in models.tied(config.model).items() for name in pair}
+        layers = [module.get_submodule(name) for order in module.orders for name in order]
         self.zero = zero.Zero(
             module,
+            layers=layers,
             mesh=mesh,
             configuration=configuration,
             zero_stage=stage,
@@ -104,8 +107,26 @@ class Engine:
             sequence_parallel=config.train.sequence_parallel,
             folder=zero.offload_folder(document),
         )
+        if config.train.compile:
+            self._compile(module)
         self.pipelines: dict[int, Pipeline] = {}
         self._pipeline(config.sequence)
+
+    def _compile(self, stage: Stage) -> None:
+        """Every block by itself: they have one code, so torch compiles it once. Raises UserError where ZeRO-3's weights come and go."""
+        gathering = self.zero.gathering
+        if gathering is not None and not gathering.all_stay:
+            raise UserError(
+                f"train.compile needs the weights of a stage to stay for a step, but of {gathering.num_elements:,} ZeRO-3 may keep "
+                f"{gathering.limit():,}; raise stage3_max_live_parameters and stage3_max_reuse_distance, or do not compile"
+            )
+        model, one = self.config.model, torch.empty(1, 1, 1, 1, device=self.mesh.device, dtype=self.dtype)
+        q, k = (one.expand(1, 1, heads, model.head_width) for heads in (model.heads, model.num_kv_heads))
+        attend(q, k, k, causal=True)  # kernels are put to the proof now, and not while torch traces
+        torch._dynamo.config.recompile_limit = 256  # where dropout asks for a layer's place, every layer has code of its own
+        for layer in stage.modules():
+            if isinstance(layer, Block):
+                layer.forward = torch.compile(layer.forward, dynamic=False)  # not the hooks around it
 
     def _pipeline(self, sequence: int) -> Pipeline:
         """The pipeline for samples of this length: what travels between stages has one shape in each."""

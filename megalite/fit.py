@@ -27,6 +27,7 @@ def resolve_mesh(config: Config, world: int) -> Config:
     config = config.model_copy(update={"mesh": mesh})
     _check_heads(config)
     _check_stages(config)
+    _check_compile(config)
     _check_batch(config)
     _check_sequence(config)
     _check_head(config)
@@ -67,6 +68,15 @@ def _check_stages(config: Config) -> None:
     if needed > there:
         chunks = f" x {config.num_chunks} chunks" if config.num_chunks > 1 else ""
         raise UserError(f"mesh.pp = {mesh.pp} stages{chunks}, but {model.layers} blocks, embedding and head make {there}; lower mesh.pp")
+
+
+def _check_compile(config: Config) -> None:
+    mesh, train = config.mesh, config.train
+    if train.compile and mesh.tp * mesh.cp > 1:
+        cut = f"mesh.tp = {mesh.tp}" if mesh.tp > 1 else f"mesh.cp = {mesh.cp}"
+        raise UserError(f"train.compile = true is for blocks that no other rank has a part of, but {cut}; leave one of them out")
+    if train.compile and train.recompute == "selective":
+        raise UserError("train.recompute = selective cannot see into blocks of train.compile = true; use full or none, or do not compile")
 
 
 def _check_batch(config: Config) -> None:

@@ -63,7 +63,13 @@ def attend(
     and the numbers of every row (b, h, s) and key (b, h, s) that say which. Without the kernels all of them are kept in memory for it.
     """
     assert lengths is None or (documents is None and not causal), "padding is masked for bidirectional attention only"
-    if lengths is None and documents is None and dropout is None and q.is_cuda and _has_cudnn(q.device, q.dtype, q.shape[2:], k.shape[2]):
+    if (
+        lengths is None
+        and documents is None
+        and dropout is None
+        and q.is_cuda
+        and _has_cudnn(str(q.device), q.dtype, *q.shape[2:], k.shape[2])
+    ):
         return _attend_by_cudnn(q, k, v, causal=causal)
     if is_fused(q, dropout=dropout is not None):
         bounds = _spans(causal=causal, lengths=lengths, documents=documents, rows=q.shape[1]) if spans is None else Spans(*spans)
@@ -82,13 +88,14 @@ def attend(
     return _attend_by_sdpa(q, k, v, mask=mask, causal=causal)
 
 
-def _has_cudnn(device: torch.device, dtype: torch.dtype, heads: torch.Size, keys: int) -> bool:
+@torch.compiler.assume_constant_result
+def _has_cudnn(device: str, dtype: torch.dtype, heads: int, width: int, keys: int) -> bool:
     """Whether to leave attention of so many heads of a width to cuDNN: it has no deterministic backward pass here."""
-    return not torch.are_deterministic_algorithms_enabled() and _try_cudnn(device, dtype, *heads, keys)
+    return not torch.are_deterministic_algorithms_enabled() and _try_cudnn(device, dtype, heads, width, keys)
 
 
 @cache
-def _try_cudnn(device: torch.device, dtype: torch.dtype, heads: int, width: int, keys: int) -> bool:
+def _try_cudnn(device: str, dtype: torch.dtype, heads: int, width: int, keys: int) -> bool:
     """Hopper, and right there: it is held to PyTorch's own arithmetic, forward and back."""
     if torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0) or dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -103,7 +110,7 @@ def _try_cudnn(device: torch.device, dtype: torch.dtype, heads: int, width: int,
         with sdpa_kernel(SDPBackend.MATH):
             right = _attend_by_sdpa(*exact, causal=True, mask=None)
         right = [right, *torch.autograd.grad(right.square().sum(), exact)]
-        return all(float((a.float() - b).norm() / b.norm()) < 2e-2 for a, b in zip(found, right, strict=True))
+        return all(float((a.detach().float() - b.detach()).norm() / b.detach().norm()) < 2e-2 for a, b in zip(found, right, strict=True))
 
 
 def _attend_by_cudnn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:

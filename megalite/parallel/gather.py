@@ -1,7 +1,7 @@
 """When ZeRO-3's weights are gathered and let go: around every module, or once a step where all weights of a stage may stay.
 
-In: a stage and DeepSpeed's parameter offload, whose hooks ours replace.  Out: `Gathering`. What is fetched ahead, what may stay and what is
-let go decides DeepSpeed's coordinator, within stage3_max_live_parameters and stage3_max_reuse_distance (see also mends.py).
+In: a stage's layers and DeepSpeed's parameter offload, whose hooks ours replace.  Out: `Gathering`. What is fetched ahead, what may stay
+and what is let go decides DeepSpeed's coordinator, within stage3_max_live_parameters and stage3_max_reuse_distance (see also mends.py).
 
 DeepSpeed 0.19.8 counts, in one number for each module, the inputs whose gradients are still to come, and sets it to 0 in every forward.
 With several microbatches in flight that number is wrong from the second backward on, and weights stayed gathered. A module of ours that
@@ -23,24 +23,31 @@ PRIVATE = "_PartitionedParameterCoordinator__"  # how Python spells that class's
 
 
 class Gathering:
-    """The hooks of one stage."""
+    """The hooks of one stage. `all_stay`: its weights are gathered when a step first needs them and stay until it ends."""
 
-    def __init__(self, stage: nn.Module, offload: Any) -> None:
+    def __init__(self, layers: list[nn.Module], offload: Any) -> None:
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
         self.offload, self.coordinator = offload, offload.get_param_coordinator()
-        self.all_stay = self._may_all_stay(stage)
-        if self.all_stay:
-            # DeepSpeed's, in Python, is for weights that go and come back
-            functional.linear = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]
+        self.num_elements = sum({id(p): p.ds_numel for layer in layers for p in layer.parameters()}.values())  # type: ignore[attr-defined]
+        self.all_stay = self.num_elements <= self.limit()
         self.there: set[nn.Module] = set()
-        for module in stage.modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                self._stay_after_first_use(module) if self.all_stay else self._gather_around(module)
+        if self.all_stay:
+            # DeepSpeed's, in Python, are for weights that go and come back
+            functional.linear = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue]
+            for module in (module for layer in layers for module in layer.modules()):
+                module._parameters = dict(module._parameters)
+        for layer in layers:
+            modules = [module for module in layer.modules() if next(module.parameters(recurse=False), None) is not None]
+            if self.all_stay:
+                self._stay_after_first_use(layer, modules)
+            else:
+                for module in modules:
+                    self._gather_around(module)
 
-    def _may_all_stay(self, stage: nn.Module) -> bool:
-        limits = (getattr(self.coordinator, f"{PRIVATE}max_{name}") for name in ("n_available_params", "reuse_dist_in_numel"))
-        return sum(parameter.ds_numel for parameter in stage.parameters()) <= min(limits)  # type: ignore[attr-defined]
+    def limit(self) -> int:
+        """Elements that may stay gathered."""
+        return min(getattr(self.coordinator, f"{PRIVATE}max_{name}") for name in ("n_available_params", "reuse_dist_in_numel"))
 
     def end_step(self) -> None:
         """After the last backward pass of a step: let go of what stayed, for the optimizer renews it."""
@@ -48,13 +55,14 @@ class Gathering:
             self.there.clear()
             self.offload.partition_all_parameters()
 
-    def _stay_after_first_use(self, module: nn.Module) -> None:
-        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if module not in self.there:
-                self.there.add(module)
-                self._fetch(module, forward=True)
+    def _stay_after_first_use(self, layer: nn.Module, modules: list[nn.Module]) -> None:
+        def before(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if layer not in self.there:
+                self.there.add(layer)
+                for module in modules:
+                    self._fetch(module, forward=True)
 
-        module.register_forward_pre_hook(before)
+        layer.register_forward_pre_hook(before)
 
     def _gather_around(self, module: nn.Module) -> None:
         """Fetch before forward and backward, release after both. TypeError in the forward pass of one that puts out no single tensor."""

@@ -103,9 +103,9 @@ def bound_live_parameters() -> None:
 
 def let_the_host_run_ahead(optimizer: Any) -> None:
     """After every backward pass DeepSpeed 0.19.8 waits until the GPU has reduced all gradients, so that the GPU has nothing to do until the
-    host has called the next pass. Here the stream that computes waits, and the host does not.
+    host has called the next pass. Here the stream that computes waits, and the host does not; it must where gradients go to the host.
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or getattr(optimizer, "offload_optimizer", False) or getattr(optimizer, "cpu_offload", False):
         return
     accelerator: Any = get_accelerator()
     finish, wait = optimizer.independent_gradient_partition_epilogue, accelerator.synchronize
@@ -131,10 +131,21 @@ def let_the_host_run_ahead(optimizer: Any) -> None:
 
 
 def keep_gradients_of_one_rank(optimizer: Any) -> None:
-    """Gradients of weights that no other rank holds are whole and stay. DeepSpeed 0.19.8 copies them together, divides them by 1 and
-    scatters them over one rank: a twentieth of the step of a model on one GPU.
+    """Gradients of weights that no other rank holds are whole, and are added to their sums as they come.
+
+    DeepSpeed 0.19.8 copies them into a bucket and together, divides them by 1, scatters them over one rank and copies them into fp32
+    before it adds them: an eighth of the step of a model on one GPU.
     """
-    optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = lambda parameters, _: [p.grad.view(-1) for p in parameters]
+    if optimizer.offload_optimizer:
+        return
+    sums = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+
+    def add(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        sums[parameter.ds_id].add_(parameter.grad.view(-1))  # type: ignore[attr-defined]
+        parameter.grad = None
+
+    optimizer.reduce_independent_p_g_buckets_and_remove_grads = torch.no_grad()(add)
 
 
 def add_biases_out_of_place() -> None:

@@ -148,6 +148,7 @@ class Zero:
         self,
         stage: nn.Module,
         *,
+        layers: list[nn.Module],
         mesh: Mesh,
         configuration: dict[str, Any],
         zero_stage: int,
@@ -156,7 +157,7 @@ class Zero:
         sequence_parallel: bool = False,
         folder: Path | None = None,
     ) -> None:
-        """`folder`: on a local disk, for what the optimizer keeps; None leaves it in memory."""
+        """`layers` are the stage's, in order. `folder`: on a local disk, for what the optimizer keeps; None leaves it in memory."""
         self.mesh, self.zero_stage = mesh, zero_stage
         self.partial = sequence_parallel  # gradients of what tensor-parallel ranks hold as copies come in parts
         group = mesh.group("alone" if zero_stage == 0 else "copies")
@@ -186,12 +187,13 @@ class Zero:
         self.inner.check_overflow = lambda *_, **__: setattr(self.inner, "overflow", self.overflow)
         self.inner.check_grad_overflow = True
         mends.let_the_host_run_ahead(self.inner)
+        self.gathering: Gathering | None = None
         if self.sharded:
             # DeepSpeed records one trace per root forward; a schedule interleaves forwards and backwards and never repeats it.
             # The trace is taken over the whole optimizer step instead (see `step`): weights stay gathered between neighbouring
             # uses and prefetching works.
             self.inner.parameter_offload.fwd_pre_hook.remove()
-            self.gathering = Gathering(stage, self.inner.parameter_offload)
+            self.gathering = Gathering(layers, self.inner.parameter_offload)
             if dist.get_world_size(group) == 1:
                 mends.keep_gradients_of_one_rank(self.inner)
 
@@ -209,7 +211,7 @@ class Zero:
             buffer.zero_()
         with self.engine.coalesce_grad_reduction() if self.once else nullcontext():
             yield
-        if self.sharded:
+        if self.gathering:
             self.gathering.end_step()
         if self.once:
             self.engine.set_gradient_accumulation_boundary(True)
@@ -231,7 +233,7 @@ class Zero:
     @contextmanager
     def untraced(self) -> Iterator[None]:
         """Around forwards that are no training step (validation): the recorded trace is put aside and is whole afterwards."""
-        if not self.sharded:
+        if self.gathering is None:
             yield
             return
         coordinator = self._coordinator()

@@ -101,6 +101,7 @@ class _Wide:
         self.shape, self.layouts, self.split, self.runtime = shape, layouts, split, runtime
         t = layouts.tp
         self.vocabulary_weight = _column(shape.vocab_weight(t))
+        self.padded = _column(1.0 + (ceil(shape.vocab, t) % 64 > 0))
         self.block = np.asarray(shape.block_cut(t) + shape.block_whole, dtype=float)
         self.parameters = _parameters(shape, layouts, split)
         self.shards = layouts.shards[:, None].astype(float)
@@ -219,7 +220,8 @@ class _Wide:
         w, c = self.runtime.width, self.runtime.memory
         found["activations"] = self.turning + self.received + self.sent
         if self.runtime.name == "megalite":
-            found["working"] = self.split.head * (w * self.vocabulary_weight + self.hidden)  # the gradients of the head's weight and input
+            # the gradients of the head's weight and input; and the weight once more, where it is padded (kernels/cross_entropy.py)
+            found["working"] = self.split.head * (w * self.vocabulary_weight * self.padded + self.hidden)
         else:
             found["working"] = self.logits * (12.0 + 4.0 * (self.layouts.microbatches > 1)[:, None]) * c.logits + self.passing
         found["gathered"] = self._gathered(turn=True)

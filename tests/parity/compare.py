@@ -53,8 +53,9 @@ def reference(config: Config, *, steps: int = STEPS) -> list[Step]:
 
 
 def on_mesh(config: Config, *, zero: dict | int = 0, steps: int = STEPS) -> list[Step]:
-    """`zero` is a stage or a whole DeepSpeed document."""
-    document = {"zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0}} if isinstance(zero, int) else zero
+    """`zero` is a stage, whose weights come and go if it is 3, or a whole DeepSpeed document."""
+    limits = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 2000}
+    document = {"zero_optimization": {"stage": zero, **limits}} if isinstance(zero, int) else zero
     return parity.assemble(parity.on_mesh(config, document, steps=steps, counted=False), steps=steps)
 
 

@@ -18,6 +18,7 @@ from compare import STEPS, Step, assert_same, config_of, on_mesh, reference
 
 from megalite import launch, models
 from megalite.config import CHUNKED, Config
+from megalite.errors import UserError
 from megalite.tune.parity import batch_of, masters, put_together, start_engine
 
 MODELS = {
@@ -118,6 +119,41 @@ def test_small_weights_that_stay_gathered_are_updated_too() -> None:
     config = _config("dp2-pp2", "gpt2-tied")
     document = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000}}
     assert_same(on_mesh(config, zero=document), _plain("gpt2-tied", 16), tied=models.tied(config.model))
+
+
+STAY = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}  # DeepSpeed's limits are far above such a model
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "train"),
+    [
+        ("dp2-pp2", "gpt2-tied", {"schedule": "interleaved", "layers": 6}),
+        ("dp2-pp2-tp2", "llama-untied", {"schedule": "gpipe", "recompute": "full"}),
+        ("dp2", "bert", {"reduce": "step", "recompute": "selective"}),
+        ("pp2-tp2", "gpt2-tied", {"recompute": "full"}),
+    ],
+)
+def test_weights_of_a_stage_that_stay_for_a_step_compute_the_same(mesh: str, model: str, train: dict[str, Any]) -> None:
+    config = _config(mesh, model, **train)
+    assert_same(on_mesh(config, zero=STAY), reference(config), tied=models.tied(config.model))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "zero", "model", "train"),
+    [
+        ("dp2-pp2", STAY, "gpt2-tied", {}),
+        pytest.param("dp2", 2, "llama-untied", {"recompute": "full"}, marks=pytest.mark.slow),
+        pytest.param("dp2-pp2", 1, "bert", {"schedule": "interleaved", "layers": 4}, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_compute_the_same(mesh: str, zero: Any, model: str, train: dict[str, Any]) -> None:
+    config = _config(mesh, model, compile=True, **train)
+    assert_same(on_mesh(config, zero=zero), reference(config), tied=models.tied(config.model))
+
+
+def test_blocks_whose_weights_come_and_go_are_not_compiled() -> None:
+    with pytest.raises(UserError, match=r"train.compile needs the weights of a stage to stay for a step, but of .* ZeRO-3 may keep 2,000"):
+        on_mesh(_config("dp2", "gpt2-tied", compile=True), zero=3)
 
 
 def test_layers_that_do_not_divide_are_split_unevenly_and_compute_the_same() -> None:

@@ -125,6 +125,23 @@ def test_deepspeeds_linear_adds_its_bias_twice_under_selective_recomputation(mon
     assert max(difference(ours.gradients[name], exact) for name, exact in plain.gradients.items()) > 1e-3
 
 
+def _scatters(rank: int, *, config: Config) -> int:
+    """How often a step of this rank scatters gradients."""
+    import deepspeed.runtime.comm.coalesced_collectives as coalesced
+
+    engine, plain, calls = parity.start_engine(config, {"zero_optimization": {"stage": 3}}), coalesced._torch_reduce_scatter_fn, []
+    coalesced._torch_reduce_scatter_fn = lambda *args, **others: calls.append(1) or plain(*args, **others)
+    engine.step(0, parity.microbatches(parity.batch_of(config, 0), config, dp=1, dp_rank=0))
+    return len(calls)
+
+
+def test_deepspeed_scatters_gradients_over_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = functools.partial(_scatters, config=config_of(dp=1, pp=2))
+    assert launch.run_ranks(2, work, warm=("megalite.engine",)) == [0, 0]
+    monkeypatch.setattr(mends, "keep_gradients_of_one_rank", lambda optimizer: None)
+    assert min(launch.run_ranks(2, work, warm=("megalite.engine",))) > 0
+
+
 class _Pair(nn.Linear):
     def forward(self, x: Tensor) -> Any:
         return x, super().forward(x)
@@ -132,8 +149,9 @@ class _Pair(nn.Linear):
 
 def test_a_module_with_weights_that_puts_out_no_single_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = _Pair(2, 2)
-    monkeypatch.setattr(Gathering, "_may_all_stay", lambda self, stage: False)
-    Gathering(nn.Sequential(pair), MagicMock(forward_hooks=[], backward_hooks=[]))
+    pair.weight.ds_numel = pair.bias.ds_numel = 1  # type: ignore[attr-defined]
+    monkeypatch.setattr(Gathering, "limit", lambda self: 0)
+    Gathering([pair], MagicMock(forward_hooks=[], backward_hooks=[]))
     with pytest.raises(TypeError, match="_Pair has weights and puts out tuple; under ZeRO-3 it must be one tensor"):
         pair(torch.ones(1, 2))
 
@@ -153,7 +171,7 @@ def _decide_twice(rank: int, *, config: Config, distance: int, prefetched: int) 
 
     zero_3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": distance}
     zero_3["stage3_prefetch_bucket_size"] = prefetched
-    Gathering._may_all_stay = lambda self, stage: False  # type: ignore[method-assign]
+    Gathering.limit = lambda self: 0  # type: ignore[method-assign]
     engine = parity.start_engine(config, {"zero_optimization": zero_3})
     name, read = f"{PRIVATE}params_to_release", Counter()
     ours = getattr(zero_coordinator.PartitionedParameterCoordinator, name)
