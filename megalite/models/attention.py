@@ -63,13 +63,8 @@ def attend(
     and the numbers of every row (b, h, s) and key (b, h, s) that say which. Without the kernels all of them are kept in memory for it.
     """
     assert lengths is None or (documents is None and not causal), "padding is masked for bidirectional attention only"
-    if (
-        lengths is None
-        and documents is None
-        and dropout is None
-        and q.is_cuda
-        and _has_cudnn(str(q.device), q.dtype, *q.shape[2:], k.shape[2])
-    ):
+    dense = lengths is None and documents is None and dropout is None
+    if dense and q.is_cuda and _has_cudnn(str(q.device), q.dtype, q.shape[2], q.shape[3], k.shape[2]):
         return _attend_by_cudnn(q, k, v, causal=causal)
     if is_fused(q, dropout=dropout is not None):
         bounds = _spans(causal=causal, lengths=lengths, documents=documents, rows=q.shape[1]) if spans is None else Spans(*spans)
