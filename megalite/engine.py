@@ -120,8 +120,8 @@ class Engine:
                 f"train.compile needs the weights of a stage to stay for a step, but of {gathering.num_elements:,} ZeRO-3 may keep "
                 f"{gathering.limit():,}; raise stage3_max_live_parameters and stage3_max_reuse_distance, or do not compile"
             )
-        model, one = self.config.model, torch.empty(1, 1, 1, 1, device=self.mesh.device, dtype=self.dtype)
-        q, k = (one.expand(1, 1, heads, model.head_width) for heads in (model.heads, model.num_kv_heads))
+        model, like = self.config.model, {"device": self.mesh.device, "dtype": self.dtype}
+        q, k = (torch.zeros(1, 1, heads, model.head_width, **like) for heads in (model.heads, model.num_kv_heads))
         attend(q, k, k, causal=True)  # kernels are put to the proof now, and not while torch traces
         torch._dynamo.config.recompile_limit = 256  # where dropout asks for a layer's place, every layer has code of its own
         for layer in stage.modules():

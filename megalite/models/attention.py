@@ -110,7 +110,7 @@ def _try_cudnn(device: str, dtype: torch.dtype, heads: int, width: int, keys: in
 
 def _attend_by_cudnn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    turned = (t.transpose(1, 2) for t in (q, k, v))
+    turned = ((t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in (q, k, v))
     return torch.ops.aten._scaled_dot_product_cudnn_attention(*turned, None, needs_gradient, 0.0, causal, False)[0].transpose(1, 2)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import re
 from typing import Any
 
 import deepspeed
@@ -38,6 +40,9 @@ def start() -> None:
     if accelerator.device_name() == "cpu":
         # 0.19.8 takes "oneDNN has no fast fp16 here" for "torch cannot compute in fp16"; slow will do for proofs and trials
         accelerator.is_fp16_supported = lambda: True
+    # 0.19.8 reads architectures as numbers, and fails on the 9.0a that images for Hopper set, when it compiles its quantizer
+    if architectures := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = re.sub(r"(\d)[a-z]", r"\1", architectures)
     # ranges for NVIDIA's profiler around every function of ZeRO, thousands in a step
     importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
