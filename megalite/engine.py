@@ -69,6 +69,10 @@ class Stage(nn.Module):
         self.recomputed = {name for order in blocks for name in order} if recompute != "none" else set()
         self.again = KINDS[recompute]
 
+    def in_order(self) -> list[nn.Module]:
+        """The layers of all chunks."""
+        return [self.get_submodule(name) for order in self.orders for name in order]
+
     def forward(self, x: Tensor, batch: Batch, chunk: int = 0) -> Tensor:
         """Ids (b, s) or a hidden state (b, s, d) in, a hidden state or the parts of the loss out."""
         for name in self.orders[chunk]:
@@ -95,10 +99,8 @@ class Engine:
             mends.open_secondary_groups(mesh, size)
         module = self._build(shard=stage == 3, configuration=configuration)
         tied = {name for pair in models.tied(config.model).items() for name in pair}
-        layers = [module.get_submodule(name) for order in module.orders for name in order]
         self.zero = zero.Zero(
             module,
-            layers=layers,
             mesh=mesh,
             configuration=configuration,
             zero_stage=stage,

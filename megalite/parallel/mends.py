@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import re
 from typing import Any
 
@@ -40,9 +39,7 @@ def start() -> None:
     if accelerator.device_name() == "cpu":
         # 0.19.8 takes "oneDNN has no fast fp16 here" for "torch cannot compute in fp16"; slow will do for proofs and trials
         accelerator.is_fp16_supported = lambda: True
-    # 0.19.8 reads architectures as numbers, and fails on the 9.0a that images for Hopper set, when it compiles its quantizer
-    if architectures := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        os.environ["TORCH_CUDA_ARCH_LIST"] = re.sub(r"(\d)[a-z]", r"\1", architectures)
+    read_architectures_with_letters()
     # ranges for NVIDIA's profiler around every function of ZeRO, thousands in a step
     importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
@@ -104,6 +101,18 @@ def bound_live_parameters() -> None:
 
     bounded.instead_of = decide  # type: ignore[attr-defined]
     setattr(coordinator, f"{PRIVATE}params_to_release", bounded)
+
+
+def read_architectures_with_letters() -> None:
+    """To compile its quantizer, DeepSpeed 0.19.8 reads TORCH_CUDA_ARCH_LIST as numbers, and fails on the 9.0a of images for Hopper."""
+    builder = importlib.import_module("deepspeed.ops.op_builder.builder").CUDAOpBuilder
+    plain = builder.compute_capability_args
+
+    def read(self: Any, *args: Any) -> Any:
+        self._jit_arch_list = re.sub(r"(\d)[a-z]", r"\1", self._jit_arch_list or "") or None
+        return plain(self, *args)
+
+    builder.compute_capability_args = read
 
 
 def let_the_host_run_ahead(optimizer: Any) -> None:

@@ -148,7 +148,6 @@ class Zero:
         self,
         stage: nn.Module,
         *,
-        layers: list[nn.Module],
         mesh: Mesh,
         configuration: dict[str, Any],
         zero_stage: int,
@@ -157,7 +156,7 @@ class Zero:
         sequence_parallel: bool = False,
         folder: Path | None = None,
     ) -> None:
-        """`layers` are the stage's, in order. `folder`: on a local disk, for what the optimizer keeps; None leaves it in memory."""
+        """`stage.in_order()` lists its layers in order. `folder`: on a local disk, for what the optimizer keeps; None leaves it in memory."""
         self.mesh, self.zero_stage = mesh, zero_stage
         self.partial = sequence_parallel  # gradients of what tensor-parallel ranks hold as copies come in parts
         group = mesh.group("alone" if zero_stage == 0 else "copies")
@@ -193,7 +192,7 @@ class Zero:
             # The trace is taken over the whole optimizer step instead (see `step`): weights stay gathered between neighbouring
             # uses and prefetching works.
             self.inner.parameter_offload.fwd_pre_hook.remove()
-            self.gathering = Gathering(layers, self.inner.parameter_offload)
+            self.gathering = Gathering(stage.in_order(), self.inner.parameter_offload)  # type: ignore[operator]
             if dist.get_world_size(group) == 1:
                 mends.keep_gradients_of_one_rank(self.inner)
 
