@@ -156,7 +156,7 @@ class Zero:
         sequence_parallel: bool = False,
         folder: Path | None = None,
     ) -> None:
-        """`stage.in_order()` lists its layers in order. `folder`: on a local disk, for what the optimizer keeps; None leaves it in memory."""
+        """`stage.in_order()` lists its layers. `folder`: on a local disk, for what the optimizer keeps; None leaves it in memory."""
         self.mesh, self.zero_stage = mesh, zero_stage
         self.partial = sequence_parallel  # gradients of what tensor-parallel ranks hold as copies come in parts
         group = mesh.group("alone" if zero_stage == 0 else "copies")
