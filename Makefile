@@ -7,7 +7,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain pretrain-bert lint test test-all parity verify fuzz slurm gpu bench-prepare bench-step bench-checkpoint clean
+.PHONY: help install pretrain pretrain-bert lint test tests test-all parity verify fuzz slurm gpu bench-prepare bench-step bench-checkpoint clean
 
 help:  ## what there is to do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,7 +40,10 @@ lint: .venv/.developer  ## style, types, import contracts
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-test: lint  ## the whole test suite but what is marked slow
+test: .venv/.developer  ## the whole test suite but what is marked slow, and lint beside it
+	$(MAKE) --no-print-directory --jobs 2 lint tests
+
+tests: .venv/.developer
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-all: lint  ## slow tests too: every layout with every model
