@@ -105,12 +105,31 @@ def _compute_as_on_a_gpu() -> None:
     attention.is_fused = lambda q, *, dropout=False: True  # type: ignore[attr-defined]
     layers.has_fused_loss = lambda x: True  # type: ignore[attr-defined]
     kernels.why_not_triton = rows._why_not = lambda q: None  # type: ignore[attr-defined]
-    functional.rms_norm = _rms_norm
+    functional.rms_norm, functional.silu = _rms_norm, _silu
 
 
 def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """One operation, as on CUDA; elsewhere PyTorch takes it apart and keeps more."""
     return _RmsNorm.apply(x, weight)  # type: ignore[return-value]
+
+
+def _silu(x: Tensor) -> Tensor:
+    """One operation there and back, as on CUDA; elsewhere the way back is taken apart and holds more."""
+    return _Silu.apply(x)  # type: ignore[return-value]
+
+
+class _Silu(torch.autograd.Function):
+    """Shapes alone: keeps its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 class _RmsNorm(torch.autograd.Function):

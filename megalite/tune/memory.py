@@ -80,7 +80,9 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     dear = tokens * w * (d / share + columns + attention + products + 2.0 * d / share + shape.ups * f + exchanges)
     entry = tokens * w * d / share
     kept = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [entry + 0 * whole, dear], whole)
-    cheap = tokens * (w * (3.0 * d / share + rotated + activation - shape.ups * f) + 4 * 4.0 / share) + turned  # norms, their sum, GELU
+    # norms, their sum, GELU; what attention's projection gave is added to the block's input and let go, and so is what is exchanged
+    passed = d / share + np.where(t > 1, d, 0) + np.where(layouts.cp > 1, columns, 0) if runtime.name == "megalite" else 0.0
+    cheap = tokens * (w * (3.0 * d / share + rotated + activation - shape.ups * f - passed) + 4 * 4.0 / share) + turned
     again = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [whole - kept, cheap], 0.0)
     return kept, again
 
@@ -101,7 +103,10 @@ class _Wide:
         self.shape, self.layouts, self.split, self.runtime = shape, layouts, split, runtime
         t = layouts.tp
         self.vocabulary_weight = _column(shape.vocab_weight(t))
-        self.padded = _column(1.0 + (ceil(shape.vocab, t) % 64 > 0))
+        words = ceil(shape.vocab, t)
+        whole = np.ceil(words / 64) * 64  # the head's products are padded, see kernels/cross_entropy.py
+        self.padded = _column(whole / words)
+        self.padding = _column(np.where(whole > words, 1.0, 0.0))  # then the weight is there once more
         self.block = np.asarray(shape.block_cut(t) + shape.block_whole, dtype=float)
         self.parameters = _parameters(shape, layouts, split)
         self.shards = layouts.shards[:, None].astype(float)
@@ -117,10 +122,12 @@ class _Wide:
         ours = runtime.name == "megalite"
         # 1F1B with chunks goes back through the head at once
         heads = np.where(layouts.schedule[:, None] == INTERLEAVED, 1, np.minimum(held.turn_chunks, layouts.microbatches[:, None]))
-        head = split.head * self.hidden + runtime.width * vocabulary * ours  # logits are kept
+        self.normed = np.where(layouts.split_sequence == 1, tokens * np.asarray(shape.width) * runtime.width, hidden)[:, None]  # whole sequences
+        head = split.head * self.normed + runtime.width * vocabulary * self.padded * ours  # logits are kept
         # a stage keeps what it puts out, too; the head, its norm's result
         self.turning = held.turn_blocks * kept[:, None] + held.turn_chunks * self.hidden + heads * head
-        self.deepest = held.deep_blocks * kept[:, None] + held.deep_chunks * self.hidden + (heads - 1) * head  # one has gone back
+        # one head has gone back, and let go of what the last block gave it
+        self.deepest = held.deep_blocks * kept[:, None] + (held.deep_chunks - split.head * ours) * self.hidden + (heads - 1) * head
         self.again = again[:, None] * (split.blocks > 0)
         self.logits = vocabulary
         self.passing = runtime.memory.passing * (tokens * np.asarray(shape.width) * runtime.width)[:, None]
@@ -137,8 +144,14 @@ class _Wide:
         # elements of a block's matrices, the last one first
         self.matrices = [np.broadcast_to(np.asarray(shape.width * weight, dtype=float), t.shape) for weight in weights]
         self.around: Array | None = None
-        gathered = np.where(layouts.split_sequence == 1, tokens * shape.width, 0.0)  # the gradient of a sum that was scattered
-        self.going = runtime.width * (tokens * wide + gathered + np.asarray(shape.width) * ceil(shape.mlp, t))[:, None] + 2 * self.hidden
+        w, f, d = runtime.width, ceil(shape.mlp, t), np.asarray(shape.width)
+        gathered = w * np.where(layouts.split_sequence == 1, tokens * shape.width, 0.0)  # the gradient of a sum that was scattered
+        self.going = w * (tokens * wide + d * f)[:, None] + gathered[:, None] + 2 * self.hidden
+        # ours: gradients of the last product's input and weight, then of what it was made of; and of the block's output
+        self.first, self.second = w * (tokens * f + d * f)[:, None], w * (tokens * wide)[:, None]
+        self.coming = gathered[:, None] + np.where(split.head > 0, 1, 2) * self.hidden
+        # autograd holds the gradient of a tied head until the embedding has gone back
+        self.waiting = w * split.embed * split.head * _column(np.where(shape.tied, shape.vocab_weight(t), 0.0)) * self.padded
 
     def persistent(self) -> dict[str, Array]:
         """What lies there all the time."""
@@ -165,8 +178,9 @@ class _Wide:
         return {**dict.fromkeys(PARTS, np.zeros_like(self.own)), **self.persistent()}
 
     def _gathered(self, *, turn: bool) -> Array:
-        """Weights that ZeRO-3 holds beside its shard as it turns: those that are needed again before `live` elements of others are, and
-        what is fetched ahead; further down at least the matrix at work. Above the limit a module lets go of its own at once.
+        """Weights that ZeRO-3 holds beside its shard: all, where that many may stay (parallel/gather.py). Elsewhere as it turns those that are
+        needed again before `live` elements of others are, and what is fetched ahead; further down at least the matrix at work. Above the limit
+        a module lets go of its own at once.
         """
         if self.around is None:
             self.around = np.zeros_like(self.own)
@@ -176,7 +190,8 @@ class _Wide:
             again = self._reach(live / 2, rows, head)  # there and back
             ahead = np.minimum(np.maximum(live - again, 0), bucket)
             first = np.where(head > 0, head, self.matrices[0][rows, None])
-            self.around[rows] = np.where(first <= live, self._reach(again + ahead, rows, head), 0.0)
+            passing = np.where(first <= live, self._reach(again + ahead, rows, head), 0.0)
+            self.around[rows] = np.where(self.parameters[rows] <= live, self.parameters[rows], passing)
         at_work = self.split.head * self.vocabulary_weight if turn else np.maximum(self.matrices[0], self.matrices[1])[:, None]
         return self.runtime.width * (self.stage == 3) * np.maximum(self.around, at_work)
 
@@ -220,8 +235,8 @@ class _Wide:
         w, c = self.runtime.width, self.runtime.memory
         found["activations"] = self.turning + self.received + self.sent
         if self.runtime.name == "megalite":
-            # the gradients of the head's weight and input; and the weight once more, where it is padded (kernels/cross_entropy.py)
-            found["working"] = self.split.head * (w * self.vocabulary_weight * self.padded + self.hidden)
+            # the gradients of the head's weight and input, and the padded weight
+            found["working"] = self.split.head * (w * self.vocabulary_weight * self.padded * (1 + self.padding) + self.normed)
         else:
             found["working"] = self.logits * (12.0 + 4.0 * (self.layouts.microbatches > 1)[:, None]) * c.logits + self.passing
         found["gathered"] = self._gathered(turn=True)
@@ -236,10 +251,15 @@ class _Wide:
     def deep(self) -> dict[str, Array]:
         found = self._blank()
         found["activations"] = self.deepest + self.received
-        found["working"] = self.passing + self.again + self.going + self.summed * (self.stage < 3)
-        found["gradients"] = found["gradients"] + self.runtime.memory.fresh * self.parameters
         found["gathered"] = self._gathered(turn=False)
         found["buckets"] = self._buckets()
+        if self.runtime.name == "megalite":
+            late = np.where((self.stage < 3) & (self.split.head == 0), found["buckets"], 0.0)  # made when a backward pass has its first gradient
+            found["working"] = self.again + self.coming + np.maximum(self.first - late, self.second)
+            found["gradients"] = found["gradients"] + self.waiting
+        else:
+            found["working"] = self.passing + self.again + self.going
+            found["gradients"] = found["gradients"] + self.runtime.memory.fresh * self.parameters
         found["gradients"] = found["gradients"] + self._accumulated()
         return found
 
