@@ -150,6 +150,13 @@ class _Wide:
         # ours: gradients of the last product's input and weight, then of what it was made of; and of the block's output
         self.first, self.second = w * (tokens * f + d * f)[:, None], w * (tokens * wide)[:, None]
         self.coming = gathered[:, None] + np.where(split.head > 0, 1, 2) * self.hidden
+        # at the end of a first stage: the blocks have let go, the embedding has its gradient, and that one or theirs are on the way
+        chunk, bucket = split.blocks / layouts.chunks[:, None], layouts.bucket[:, None].astype(float)
+        apart = np.where((self.stage % 3 > 0) & (self.shards > 2), w * np.minimum(bucket, 2 * self.vocabulary_weight / self.shards), 0.0)
+        blocks = chunk * self.block[:, None]
+        theirs = np.where(blocks > bucket, blocks % bucket, blocks) * (4.0 / self.shards + w) * (self.stage == 3)
+        sums = np.maximum(theirs, 4.0 * self.vocabulary_weight / np.where(self.stage == 0, 1.0, self.shards) + apart)
+        self.embedding = split.embed * (w * self.vocabulary_weight + sums + self.hidden - chunk * kept[:, None])
         # autograd holds the gradient of a tied head until the embedding has gone back
         self.waiting = w * split.embed * split.head * _column(np.where(shape.tied, shape.vocab_weight(t), 0.0)) * self.padded
 
@@ -255,7 +262,7 @@ class _Wide:
         found["buckets"] = self._buckets()
         if self.runtime.name == "megalite":
             late = np.where((self.stage < 3) & (self.split.head == 0), found["buckets"], 0.0)  # made when a backward pass has its first gradient
-            found["working"] = self.again + self.coming + np.maximum(self.first - late, self.second)
+            found["working"] = np.maximum(self.again + self.coming + np.maximum(self.first - late, self.second), self.embedding)
             found["gradients"] = found["gradients"] + self.waiting
         else:
             found["working"] = self.passing + self.again + self.going
