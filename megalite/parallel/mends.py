@@ -35,6 +35,7 @@ def start() -> None:
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     add_biases_out_of_place()
     bound_live_parameters()
+    let_go_of_what_was_gathered()
     accelerator: Any = get_accelerator()
     if accelerator.device_name() == "cpu":
         # 0.19.8 takes "oneDNN has no fast fp16 here" for "torch cannot compute in fp16"; slow will do for proofs and trials
@@ -160,6 +161,23 @@ def keep_gradients_of_one_rank(optimizer: Any) -> None:
         parameter.grad = None
 
     optimizer.reduce_independent_p_g_buckets_and_remove_grads = torch.no_grad()(add)
+
+
+def let_go_of_what_was_gathered() -> None:
+    """DeepSpeed 0.19.8 gathers several weights into one buffer, copies them out of it when the first is needed, and keeps the buffer until
+    all have been needed: what was fetched ahead was there twice.
+    """
+    handle = zero_partition.AllGatherCoalescedHandle
+    plain = handle.wait
+    if hasattr(plain, "instead_of"):
+        return
+
+    def wait(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        self.partitions = []
+
+    wait.instead_of = plain  # type: ignore[attr-defined]
+    handle.wait = wait  # type: ignore[method-assign]
 
 
 def add_biases_out_of_place() -> None:

@@ -80,8 +80,8 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     dear = tokens * w * (d / share + columns + attention + products + 2.0 * d / share + shape.ups * f + exchanges)
     entry = tokens * w * d / share
     kept = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [entry + 0 * whole, dear], whole)
-    # norms, their sum, GELU; what attention's projection gave is added to the block's input and let go, and so is what is exchanged
-    passed = d / share + np.where(t > 1, d, 0) + np.where(layouts.cp > 1, columns, 0) if runtime.name == "megalite" else 0.0
+    # norms, their sum, GELU; what attention's projection gave is added to the block's input and let go
+    passed = d / share + np.where(t > 1, d, 0) if runtime.name == "megalite" else 0.0
     cheap = tokens * (w * (3.0 * d / share + rotated + activation - shape.ups * f - passed) + 4 * 4.0 / share) + turned
     again = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [whole - kept, cheap], 0.0)
     return kept, again
@@ -122,7 +122,9 @@ class _Wide:
         ours = runtime.name == "megalite"
         # 1F1B with chunks goes back through the head at once
         heads = np.where(layouts.schedule[:, None] == INTERLEAVED, 1, np.minimum(held.turn_chunks, layouts.microbatches[:, None]))
-        self.normed = np.where(layouts.split_sequence == 1, tokens * np.asarray(shape.width) * runtime.width, hidden)[:, None]  # whole sequences
+        self.normed = np.where(layouts.split_sequence == 1, tokens * np.asarray(shape.width) * runtime.width, hidden)[
+            :, None
+        ]  # whole sequences
         head = split.head * self.normed + runtime.width * vocabulary * self.padded * ours  # logits are kept
         # a stage keeps what it puts out, too; the head, its norm's result
         self.turning = held.turn_blocks * kept[:, None] + held.turn_chunks * self.hidden + heads * head
@@ -132,7 +134,8 @@ class _Wide:
         self.logits = vocabulary
         self.passing = runtime.memory.passing * (tokens * np.asarray(shape.width) * runtime.width)[:, None]
         # a gradient on its way, or at the end of a pipeline the next microbatch, unless all are there
-        more = (layouts.pp > 1)[:, None] & (held.turn_chunks < (layouts.microbatches * layouts.chunks)[:, None])
+        self.steady = held.turn_chunks < (layouts.microbatches * layouts.chunks)[:, None]  # gradients have come before
+        more = (layouts.pp > 1)[:, None] & self.steady
         self.received = np.where(more | (split.head == 0), self.hidden, 0.0)
         # a loss over several ranks is fullest going forward, when the gradient of the microbatch before is still being sent
         steady = (layouts.schedule == 0) & (t > 1) & (layouts.pp > 1) & (layouts.microbatches > 1)
@@ -149,7 +152,7 @@ class _Wide:
         self.going = w * (tokens * wide + d * f)[:, None] + gathered[:, None] + 2 * self.hidden
         # ours: gradients of the last product's input and weight, then of what it was made of; and of the block's output
         self.first, self.second = w * (tokens * f + d * f)[:, None], w * (tokens * wide)[:, None]
-        self.coming = gathered[:, None] + np.where(split.head > 0, 1, 2) * self.hidden
+        self.coming = gathered[:, None] + np.where(more & (split.head == 0), 2, 1) * self.hidden
         # at the end of a first stage: the blocks have let go, the embedding has its gradient, and that one or theirs are on the way
         chunk, bucket = split.blocks / layouts.chunks[:, None], layouts.bucket[:, None].astype(float)
         apart = np.where((self.stage % 3 > 0) & (self.shards > 2), w * np.minimum(bucket, 2 * self.vocabulary_weight / self.shards), 0.0)
@@ -157,6 +160,9 @@ class _Wide:
         theirs = np.where(blocks > bucket, blocks % bucket, blocks) * (4.0 / self.shards + w) * (self.stage == 3)
         sums = np.maximum(theirs, 4.0 * self.vocabulary_weight / np.where(self.stage == 0, 1.0, self.shards) + apart)
         self.embedding = split.embed * (w * self.vocabulary_weight + sums + self.hidden - chunk * kept[:, None])
+        self.gone = chunk * kept[:, None] + self.hidden  # what a chunk lets go of that has gone back
+        # where sequences are split, the product before: its input whole, that one's gradient twice, its part and the one that came
+        self.third = np.where(gathered > 0, 2 * gathered + 2 * hidden, 0.0)[:, None] - self.second
         # autograd holds the gradient of a tied head until the embedding has gone back
         self.waiting = w * split.embed * split.head * _column(np.where(shape.tied, shape.vocab_weight(t), 0.0)) * self.padded
 
@@ -185,19 +191,16 @@ class _Wide:
         return {**dict.fromkeys(PARTS, np.zeros_like(self.own)), **self.persistent()}
 
     def _gathered(self, *, turn: bool) -> Array:
-        """Weights that ZeRO-3 holds beside its shard: all, where that many may stay (parallel/gather.py). Elsewhere as it turns those that are
-        needed again before `live` elements of others are, and what is fetched ahead; further down at least the matrix at work. Above the limit
-        a module lets go of its own at once.
+        """Weights that ZeRO-3 holds beside its shard: all, where that many may stay (parallel/gather.py), and else as many as may: what is
+        not kept, for it is needed again soon, is fetched ahead. At least the matrix at work; above the limit modules let go of theirs.
         """
         if self.around is None:
             self.around = np.zeros_like(self.own)
             rows = self.layouts.stage == 3
-            live, bucket = (column[rows][:, None].astype(float) for column in (self.layouts.live, self.layouts.bucket))
+            live = self.layouts.live[rows][:, None].astype(float)
             head = (self.split.head * self.vocabulary_weight)[rows]
-            again = self._reach(live / 2, rows, head)  # there and back
-            ahead = np.minimum(np.maximum(live - again, 0), bucket)
             first = np.where(head > 0, head, self.matrices[0][rows, None])
-            passing = np.where(first <= live, self._reach(again + ahead, rows, head), 0.0)
+            passing = np.where(first <= live, self._reach(live, rows, head), 0.0)
             self.around[rows] = np.where(self.parameters[rows] <= live, self.parameters[rows], passing)
         at_work = self.split.head * self.vocabulary_weight if turn else np.maximum(self.matrices[0], self.matrices[1])[:, None]
         return self.runtime.width * (self.stage == 3) * np.maximum(self.around, at_work)
@@ -261,13 +264,23 @@ class _Wide:
         found["gathered"] = self._gathered(turn=False)
         found["buckets"] = self._buckets()
         if self.runtime.name == "megalite":
-            late = np.where((self.stage < 3) & (self.split.head == 0), found["buckets"], 0.0)  # made when a backward pass has its first gradient
-            found["working"] = np.maximum(self.again + self.coming + np.maximum(self.first - late, self.second), self.embedding)
-            found["gradients"] = found["gradients"] + self.waiting
+            # made when a backward pass has its first gradient: of the head's norm, of BERT's, or of a bias that is added after a sum
+            shape = self.shape
+            before = (self.split.head > 0) | _column(
+                (self.layouts.tp > 1) & np.asarray(shape.bias, bool) | np.asarray(shape.bert, bool)
+            ).astype(bool)
+            late = np.where((self.stage < 3) & ~before, found["buckets"], 0.0)
+            sums = self._accumulated()
+            deep = self.again + self.coming + np.maximum(np.maximum(self.first - late, self.second), self.third)
+            # the first chunk that goes back finds no sums, the next one has a chunk less before it
+            first = ~self.steady & (sums < self.gone)
+            there = np.where(first | (self.layouts.microbatches * self.layouts.chunks == 1)[:, None], 0.0, sums)
+            found["activations"] = found["activations"] - np.where(self.steady | first, 0.0, self.gone)
+            found["working"] = np.maximum(deep, self.embedding + sums - there)
+            found["gradients"] = found["gradients"] + self.waiting + there
         else:
             found["working"] = self.passing + self.again + self.going
-            found["gradients"] = found["gradients"] + self.runtime.memory.fresh * self.parameters
-        found["gradients"] = found["gradients"] + self._accumulated()
+            found["gradients"] = found["gradients"] + self.runtime.memory.fresh * self.parameters + self._accumulated()
         return found
 
     def update(self) -> dict[str, Array]:
