@@ -40,6 +40,8 @@ def start() -> None:
     if accelerator.device_name() == "cpu":
         # 0.19.8 takes "oneDNN has no fast fp16 here" for "torch cannot compute in fp16"; slow will do for proofs and trials
         accelerator.is_fp16_supported = lambda: True
+        # it starts a program to count NUMA nodes, whenever a bucket of gradients is full
+        accelerator.device_count = functools.cache(accelerator.device_count)
     read_architectures_with_letters()
     # ranges for NVIDIA's profiler around every function of ZeRO, thousands in a step
     importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False  # type: ignore[attr-defined]

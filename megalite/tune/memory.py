@@ -203,7 +203,7 @@ class _Wide:
             passing = np.where(first <= live, self._reach(live, rows, head), 0.0)
             self.around[rows] = np.where(self.parameters[rows] <= live, self.parameters[rows], passing)
         at_work = self.split.head * self.vocabulary_weight if turn else np.maximum(self.matrices[0], self.matrices[1])[:, None]
-        return self.runtime.width * (self.stage == 3) * np.maximum(self.around, at_work)
+        return self.runtime.width * ((self.stage == 3) & (self.shards > 1)) * np.maximum(self.around, at_work)  # one rank has them whole
 
     def _reach(self, elements: Array, rows: Array, head: Array) -> Array:
         """The fewest elements, of whole matrices from a rank's last one on, that are so many."""

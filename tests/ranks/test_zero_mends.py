@@ -27,6 +27,7 @@ from megalite.mesh import Mesh
 from megalite.parallel import mends, zero
 from megalite.parallel.gather import PRIVATE, Gathering
 from megalite.tune import parity
+from megalite.tune.dryrun import trace
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))
 from compare import config_of, difference, on_mesh, reference
@@ -142,6 +143,15 @@ def test_deepspeed_cannot_read_an_architecture_with_a_letter() -> None:
     assert launch.run_ranks(1, read, warm=("megalite.engine",)) == ["8.0;9.0+PTX"]
 
 
+def test_deepspeed_keeps_the_buffer_beside_what_was_copied_out_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    zero_3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10_000}
+    zero_3 |= {"stage3_max_live_parameters": 60_000, "stage3_prefetch_bucket_size": 60_000}
+    config = config_of(dp=2, layers=6)
+    ours = trace(config, {"zero_optimization": zero_3}, rank=0, gpu=False, owners=False).peak["cpu"]
+    monkeypatch.setattr(mends, "let_go_of_what_was_gathered", lambda: None)
+    assert trace(config, {"zero_optimization": zero_3}, rank=0, gpu=False, owners=False).peak["cpu"] > ours + 10_000
+
+
 def _scatters(rank: int, *, config: Config) -> int:
     """How often a step of this rank scatters gradients."""
     import deepspeed.runtime.comm.coalesced_collectives as coalesced
@@ -171,6 +181,12 @@ def test_a_module_with_weights_that_puts_out_no_single_tensor_is_refused(monkeyp
     Gathering([pair], MagicMock(forward_hooks=[], backward_hooks=[]))
     with pytest.raises(TypeError, match="_Pair has weights and puts out tuple; under ZeRO-3 it must be one tensor"):
         pair(torch.ones(1, 2))
+
+
+def test_deepspeed_starts_a_program_to_count_the_devices_of_a_cpu() -> None:
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    assert "get_numa_cores()" in inspect.getsource(CPU_Accelerator.device_count)
 
 
 def test_deepspeed_takes_slow_fp16_for_none() -> None:
