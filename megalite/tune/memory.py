@@ -80,8 +80,8 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     dear = tokens * w * (d / share + columns + attention + products + 2.0 * d / share + shape.ups * f + exchanges)
     entry = tokens * w * d / share
     kept = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [entry + 0 * whole, dear], whole)
-    # norms, their sum, GELU; what attention's projection gave is added to the block's input and let go
-    passed = d / share + np.where(t > 1, d, 0) if runtime.name == "megalite" else 0.0
+    # norms, their sum, GELU; what attention's projection gave is added to the block's input and let go, as is what has been exchanged
+    passed = d / share + np.where(t > 1, d, 0) + exchanged / np.maximum(mixed, 1) * columns if runtime.name == "megalite" else 0.0
     cheap = tokens * (w * (3.0 * d / share + rotated + activation - shape.ups * f - passed) + 4 * 4.0 / share) + turned
     again = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [whole - kept, cheap], 0.0)
     return kept, again
@@ -153,6 +153,8 @@ class _Wide:
         # ours: gradients of the last product's input and weight, then of what it was made of; and of the block's output
         self.first, self.second = w * (tokens * f + d * f)[:, None], w * (tokens * wide)[:, None]
         self.coming = gathered[:, None] + np.where(more & (split.head == 0), 2, 1) * self.hidden
+        # computed again, queries, keys and values on their way to other ranks: side by side, by rank, and as they arrive
+        self.exchanged = ((layouts.cp > 1) * (layouts.recompute == SELECTIVE) * (hidden + 3.0 * w * tokens * shape.columns(t)))[:, None]
         # at the end of a first stage: the blocks have let go, the embedding has its gradient, and that one or theirs are on the way
         chunk, bucket = split.blocks / layouts.chunks[:, None], layouts.bucket[:, None].astype(float)
         apart = np.where((self.stage % 3 > 0) & (self.shards > 2), w * np.minimum(bucket, 2 * self.vocabulary_weight / self.shards), 0.0)
@@ -271,7 +273,8 @@ class _Wide:
             ).astype(bool)
             late = np.where((self.stage < 3) & ~before, found["buckets"], 0.0)
             sums = self._accumulated()
-            deep = self.again + self.coming + np.maximum(np.maximum(self.first - late, self.second), self.third)
+            deep = self.again + np.maximum(np.maximum(self.first - late, self.second), self.third)
+            deep = self.coming + np.maximum(deep, self.exchanged - late)
             # the first chunk that goes back finds no sums, the next one has a chunk less before it
             first = ~self.steady & (sums < self.gone)
             there = np.where(first | (self.layouts.microbatches * self.layouts.chunks == 1)[:, None], 0.0, sums)
