@@ -103,10 +103,9 @@ class _Wide:
         self.shape, self.layouts, self.split, self.runtime = shape, layouts, split, runtime
         t = layouts.tp
         self.vocabulary_weight = _column(shape.vocab_weight(t))
-        words = ceil(shape.vocab, t)
-        whole = np.ceil(words / 64) * 64  # the head's products are padded, see kernels/cross_entropy.py
-        self.padded = _column(whole / words)
-        self.padding = _column(np.where(whole > words, 1.0, 0.0))  # then the weight is there once more
+        whole = np.ceil(ceil(shape.vocab, t) / 64) * 64  # words: the head's products are padded, see kernels/cross_entropy.py
+        self.padded = _column(whole / ceil(shape.vocab, t))
+        self.padding = self.padded > 1  # then the weight is there once more
         self.block = np.asarray(shape.block_cut(t) + shape.block_whole, dtype=float)
         self.parameters = _parameters(shape, layouts, split)
         self.shards = layouts.shards[:, None].astype(float)
