@@ -40,11 +40,11 @@ lint: .venv/.developer  ## style, types, import contracts
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-test: .venv/.developer  ## the whole test suite but what is marked slow, and lint beside it
-	$(MAKE) --no-print-directory --jobs 2 lint tests
+test: .venv/.developer  ## the whole test suite but what is marked slow, the SLURM clusters and lint, beside each other
+	$(MAKE) --no-print-directory --jobs 3 lint tests slurm
 
 tests: .venv/.developer
-	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/slurm --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-all: lint  ## slow tests too: every layout with every model
 	$(BIN)/python -m pytest -m "not gpu"
@@ -65,7 +65,7 @@ fuzz: .venv/.developer  ## 200 layouts drawn at random against one process
 	$(BIN)/python tests/parity/test_fuzz.py --first 0 --draws 200
 
 slurm: .venv/.developer  ## everything on SLURM clusters of five nodes on this machine (root; slurmctld slurmd slurm-client munge iproute2)
-	$(BIN)/python -m pytest tests/slurm --numprocesses 4 --maxschedchunk 1
+	$(BIN)/python -m pytest tests/slurm --numprocesses 3 --maxschedchunk 1
 
 gpu: .venv/.developer  ## what needs a GPU
 	$(BIN)/python -m pytest -m gpu tests/gpu

@@ -43,7 +43,6 @@ def test_two_nodes_of_two_ranks_give_the_losses_of_one_process_and_two_jobs_shar
     assert re.search(r"4 ranks met at node1:\d+; gloo and NCCL's TCP use eth0 \(198\.18\.\d+\.11\), by which node2 is reached", told), told
 
 
-@pytest.mark.slow
 @pytest.mark.takes(120)
 def test_a_run_goes_on_after_the_time_limit_a_requeue_and_preemption(cluster: Cluster, whole: Path) -> None:
     cluster.allow("moved", 2)
@@ -72,7 +71,6 @@ def test_a_run_goes_on_after_the_time_limit_a_requeue_and_preemption(cluster: Cl
     _same_end(cluster, "moved", whole)
 
 
-@pytest.mark.slow
 @pytest.mark.takes(200)
 def test_a_run_goes_on_after_a_killed_rank_a_hung_one_a_cut_network_and_a_crashed_node(cluster: Cluster, whole: Path) -> None:
     """Nodes 1 and 2 train, 3 and 4 are spares; the batch script runs on node 1."""
@@ -107,7 +105,6 @@ def test_a_run_goes_on_after_a_killed_rank_a_hung_one_a_cut_network_and_a_crashe
         _wait_for_all_nodes(cluster)
 
 
-@pytest.mark.slow
 @pytest.mark.takes(65)
 def test_a_run_goes_on_after_the_node_of_its_batch_script_crashed(cluster: Cluster, whole: Path) -> None:
     """With a spare the job outlives a node, so SLURM would not requeue it: a step on another node does."""
@@ -124,7 +121,6 @@ def test_a_run_goes_on_after_the_node_of_its_batch_script_crashed(cluster: Clust
     _same_end(cluster, "headless", whole)
 
 
-@pytest.mark.slow
 @pytest.mark.takes(50)
 def test_without_a_spare_a_run_goes_on_with_fewer_nodes(cluster: Cluster, whole: Path) -> None:
     """Where the site says that one node will do: on another mesh, so the numbers agree, and the bits do not."""
