@@ -23,6 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalite.parallel import collectives
+
 GPU = "fakegpu"
 BACKEND = "fakeranks"
 
@@ -166,6 +168,19 @@ def let_go_when_waited_for() -> None:
         return done
 
     Work.wait = and_a_moment  # type: ignore[method-assign]
+
+    class Patient:
+        """torch's functional collectives, which are waited for by an operator."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch.ops._c10d_functional, name)
+
+        def wait_tensor(self, tensor: Any) -> Any:
+            done = torch.ops._c10d_functional.wait_tensor(tensor)
+            time.sleep(0.01)
+            return done
+
+    collectives.ops = Patient()  # type: ignore[assignment]
 
 
 class _Kept:

@@ -112,7 +112,6 @@ class _Wide:
         self.own = self.parameters / self.shards
         self.stage, self.offload = layouts.stage[:, None], layouts.offload[:, None]
         tokens = layouts.micro * shape.sequence / layouts.cp
-        self.tokens = tokens[:, None]
         kept, again = block_kept(shape, layouts, runtime)
         held = flying(layouts, split)
         hidden = tokens * np.asarray(shape.width) / np.where(layouts.split_sequence == 1, t, 1) * runtime.width
@@ -121,13 +120,12 @@ class _Wide:
         ours = runtime.name == "megalite"
         # 1F1B with chunks goes back through the head at once
         heads = np.where(layouts.schedule[:, None] == INTERLEAVED, 1, np.minimum(held.turn_chunks, layouts.microbatches[:, None]))
-        self.normed = np.where(layouts.split_sequence == 1, tokens * np.asarray(shape.width) * runtime.width, hidden)[
-            :, None
-        ]  # whole sequences
+        whole_sequences = np.asarray(shape.width) * tokens * runtime.width
+        self.normed = np.where(layouts.split_sequence == 1, whole_sequences, hidden)[:, None]
         head = split.head * self.normed + runtime.width * vocabulary * self.padded * ours  # logits are kept
         # a stage keeps what it puts out, too; the head, its norm's result
         self.turning = held.turn_blocks * kept[:, None] + held.turn_chunks * self.hidden + heads * head
-        # one head has gone back, and let go of what the last block gave it
+        # one head has gone back
         self.deepest = held.deep_blocks * kept[:, None] + (held.deep_chunks - split.head * ours) * self.hidden + (heads - 1) * head
         self.again = again[:, None] * (split.blocks > 0)
         self.logits = vocabulary
@@ -136,22 +134,21 @@ class _Wide:
         self.steady = held.turn_chunks < (layouts.microbatches * layouts.chunks)[:, None]  # gradients have come before
         more = (layouts.pp > 1)[:, None] & self.steady
         self.received = np.where(more | (split.head == 0), self.hidden, 0.0)
-        # a loss over several ranks is fullest going forward, when the gradient of the microbatch before is still being sent
-        steady = (layouts.schedule == 0) & (t > 1) & (layouts.pp > 1) & (layouts.microbatches > 1)
-        self.sent = np.where(steady[:, None] & (split.head > 0), self.hidden, 0.0)
+        sending = (layouts.schedule == 0) & (t > 1) & (layouts.pp > 1) & (layouts.microbatches > 1)  # the gradient before, still
+        self.sent = np.where(sending[:, None] & (split.head > 0), self.hidden, 0.0)
         wide = np.where(shape.gated, 2, 1) * ceil(shape.mlp, t)
         self.summed = 4.0 * (np.asarray(shape.width) * wide)[:, None] * ours  # the largest gradient on its way into its sum
         heads_wide = ceil(shape.heads, t) * shape.head_width
         weights = (ceil(shape.mlp, t), wide, heads_wide, shape.columns(t))
-        # elements of a block's matrices, the last one first
-        self.matrices = [np.broadcast_to(np.asarray(shape.width * weight, dtype=float), t.shape) for weight in weights]
+        self.matrices = [np.broadcast_to(np.asarray(shape.width * n, dtype=float), t.shape) for n in weights]  # the last one first
         self.around: Array | None = None
         w, f, d = runtime.width, ceil(shape.mlp, t), np.asarray(shape.width)
         gathered = w * np.where(layouts.split_sequence == 1, tokens * shape.width, 0.0)  # the gradient of a sum that was scattered
         self.going = w * (tokens * wide + d * f)[:, None] + gathered[:, None] + 2 * self.hidden
-        # ours: gradients of the last product's input and weight, then of what it was made of; and of the block's output
+        # gradients of the last product's input and weight, then of what it was made of
         self.first, self.second = w * (tokens * f + d * f)[:, None], w * (tokens * wide)[:, None]
-        self.coming = gathered[:, None] + np.where(more & (split.head == 0), 2, 1) * self.hidden
+        twice = more & (split.head == 0) & (layouts.schedule != INTERLEAVED)[:, None]  # an output is still being sent
+        self.coming = gathered[:, None] + np.where(twice, 2, 1) * self.hidden
         # computed again, queries, keys and values on their way to other ranks: side by side, by rank, and as they arrive
         self.exchanged = ((layouts.cp > 1) * (layouts.recompute == SELECTIVE) * (hidden + 3.0 * w * tokens * shape.columns(t)))[:, None]
         # at the end of a first stage: the blocks have let go, the embedding has its gradient, and that one or theirs are on the way
@@ -204,7 +201,9 @@ class _Wide:
             passing = np.where(first <= live, self._reach(live, rows, head), 0.0)
             self.around[rows] = np.where(self.parameters[rows] <= live, self.parameters[rows], passing)
         at_work = self.split.head * self.vocabulary_weight if turn else np.maximum(self.matrices[0], self.matrices[1])[:, None]
-        return self.runtime.width * ((self.stage == 3) & (self.shards > 1)) * np.maximum(self.around, at_work)  # one rank has them whole
+        beside = 0.0 if turn else at_work * (self.around < self.parameters)  # fetched when it is needed, whatever was fetched ahead
+        moved = (self.stage == 3) & ((self.shards > 1) | (self.offload == 2))  # one rank has them whole, unless the host has
+        return self.runtime.width * moved * np.maximum(self.around + beside, at_work)
 
     def _reach(self, elements: Array, rows: Array, head: Array) -> Array:
         """The fewest elements, of whole matrices from a rank's last one on, that are so many."""
