@@ -183,6 +183,15 @@ def test_a_module_with_weights_that_puts_out_no_single_tensor_is_refused(monkeyp
         pair(torch.ones(1, 2))
 
 
+def test_deepspeed_waits_for_the_gpu_after_every_backward_pass() -> None:
+    """What `let_the_host_run_ahead` is for; that nothing is wrong without the wait, tests/gpu/test_train.py says."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    for optimizer in (DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer):
+        assert ".synchronize()" in inspect.getsource(optimizer.independent_gradient_partition_epilogue)
+
+
 def test_deepspeed_starts_a_program_to_count_the_devices_of_a_cpu() -> None:
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
