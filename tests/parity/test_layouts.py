@@ -151,6 +151,15 @@ def test_compiled_blocks_compute_the_same(mesh: str, zero: Any, model: str, trai
     assert_same(on_mesh(config, zero=zero), reference(config), tied=models.tied(config.model))
 
 
+def test_blocks_are_compiled_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("asked to compile")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.raises(Exception, match="asked to compile"):
+        on_mesh(_config("dp2", "gpt2-tied", compile=True), zero=STAY)
+
+
 def test_blocks_whose_weights_come_and_go_are_not_compiled() -> None:
     with pytest.raises(UserError, match=r"train.compile needs the weights of a stage to stay for a step, but of .* ZeRO-3 may keep 2,000"):
         on_mesh(_config("dp2", "gpt2-tied", compile=True), zero=3)
