@@ -70,8 +70,8 @@ def account(config: Config, layout: Layouts, found: Found) -> Account:
     whole = float(speed.total(parts, layout, found.cluster, runtime)[0])
     seconds = {name: float(value[0]) for name, value in parts.items()}
     seconds["fixed"] += whole - sum(seconds.values())  # the slowest of many nodes
-    place = int(ranks.place[0, int(held["rank"][0])])
-    blocks = int(ranks.blocks[0, int(held["rank"][0])])
+    place = int(ranks.place[int(held["rank"][0]), 0])
+    blocks = int(ranks.blocks[int(held["rank"][0]), 0])
     return Account(
         bytes={name: float(held[name][0]) for name in memory.PARTS},
         usable=found.cluster.usable,

@@ -40,7 +40,7 @@ def rehearse(found: Found, rows: list[int]) -> None:
         shape = Shape.of(config)
         ranks = split(shape, layout, bare.rule)
         account = memory.waterfall(shape, layout, ranks, bare)
-        rank = int(ranks.place[0, int(account["rank"][0])]) * config.mesh.cp * config.mesh.tp
+        rank = int(ranks.place[int(account["rank"][0]), 0]) * config.mesh.cp * config.mesh.tp
         seen = trace(config, choices.document(words, config), rank=rank)
         gpu, cpu = _gpu(seen), seen.peak["cpu"] / GIB
         table.add_row(

@@ -21,7 +21,7 @@ from megalite.tune.runtime import Runtime
 from megalite.tune.shape import Shape
 from megalite.tune.splits import split
 
-BLOCK = 1 << 15  # rows at a time, so that what is computed with stays in the processor's cache
+BLOCK = 1 << 14  # rows at a time, so that what is computed with stays in the processor's cache
 SURE = 2.0  # standard deviations of the memory's error that must fit too: 2 % of them do not
 INTERVAL = 1.2816  # standard deviations on both sides of 80 %
 
@@ -90,8 +90,11 @@ def judge(config: Config, layouts: Layouts, cluster: Cluster, runtime: Runtime) 
     """Memory of all, time of those that fit."""
     shape = Shape.of(config)
     runtime = for_precision(runtime, config)
-    parts = [_judge(shape, layouts.take(rows), cluster, runtime) for rows in _blocks(len(layouts))]
-    return Judged(layouts, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+    alike = (layouts.schedule << 40) + (layouts.pp << 20) + layouts.chunks  # side by side, pipelines have less to be told apart
+    order = np.argsort(alike, kind="stable")
+    parts = [_judge(shape, layouts.take(order[rows]), cluster, runtime) for rows in _blocks(len(layouts))]
+    back = np.argsort(order, kind="stable")
+    return Judged(layouts, *(np.concatenate(column)[back] for column in zip(*parts, strict=True)))
 
 
 def for_precision(runtime: Runtime, config: Config) -> Runtime:
@@ -172,7 +175,14 @@ def _reason(found: Found, judged: Judged, best: float) -> str:
     return f"{judged.seconds[0] / best - 1:+.1%} time, {held:.1f} GiB"
 
 
-WHEN = ("start-up", "the turn from forward to backward", "the first backward block", "the update")
+WHEN = (
+    "start-up",
+    "the turn from forward to backward",
+    "the first backward block",
+    "the reduction of a bucket",
+    "the end of the backward pass",
+    "the update",
+)
 
 
 def _changes(best: dict[str, int]) -> Iterator[dict[str, int]]:

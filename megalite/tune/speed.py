@@ -41,16 +41,16 @@ def step_time(shape: Shape, layouts: Layouts, split: Split, *, cluster: Cluster,
     constants = runtime.constants
     embed = constants.embed * blocks  # a look-up and, under tensor parallelism, a sum
     m = layouts.microbatches
-    ranks = split.blocks * blocks[:, None] + split.head * head[:, None] + split.embed * embed[:, None]
-    slowest = ranks.argmax(axis=1)
+    ranks = split.blocks * blocks + split.head * head + split.embed * embed
+    slowest = ranks.argmax(axis=0)
     rows = np.arange(len(layouts))
-    worst = ranks[rows, slowest]
+    worst = ranks[slowest, rows]
     whole = shape.layers * blocks + head + embed
     found: dict[str, Array] = dict.fromkeys(PARTS, np.zeros(len(layouts)))  # type: ignore[assignment]
-    mine, last = split.blocks[rows, slowest], split.head[rows, slowest]
+    mine, last = split.blocks[slowest, rows], split.head[slowest, rows]
     for name in once.block:
         found[name] = m * (mine * once.block[name] + last * once.head.get(name, 0.0))
-    found["elementwise"] = found["elementwise"] + m * split.embed[rows, slowest] * embed
+    found["elementwise"] = found["elementwise"] + m * split.embed[slowest, rows] * embed
     found["bubble"] = (whole - worst) / layouts.chunks
     found["p2p"] = _between_stages(shape, layouts, cluster, runtime)
     weights = _weights(shape, layouts, split)
@@ -137,10 +137,9 @@ def _between_stages(shape: Shape, layouts: Layouts, cluster: Cluster, runtime: R
 def _weights(shape: Shape, layouts: Layouts, split: Split) -> Array:
     """Parameters of the fullest rank."""
     t = layouts.tp
-    of = split.blocks * np.asarray(shape.block_cut(t) + shape.block_whole)[..., None]
-    ends = split.embed * np.asarray(shape.embed_cut(t) + shape.embed_whole)[..., None]
-    ends = ends + split.head * np.asarray(shape.head_cut(t) + shape.head_whole)[..., None]
-    return (of + ends).max(axis=1)
+    of = split.blocks * (shape.block_cut(t) + shape.block_whole)
+    ends = split.embed * (shape.embed_cut(t) + shape.embed_whole) + split.head * (shape.head_cut(t) + shape.head_whole)
+    return (of + ends).max(axis=0)
 
 
 def _reductions(layouts: Layouts, weights: Array, *, backward: Array, cluster: Cluster, runtime: Runtime) -> Array:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,12 @@ from megalite.tune.shape import Shape
 WIDE = 6
 INTERLEAVED = SCHEDULES.index("interleaved")
 ROUNDS = 3  # of microbatches that are followed; what is in flight is not more in later ones
+STATES = ("turn", "turned", "deep", "next", "end")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Arrays (n, kinds of ranks); where a layout has fewer kinds, its last one is repeated."""
+    """Arrays (kinds of ranks, n); where a layout has fewer kinds, its last one is repeated."""
 
     blocks: Array
     embed: Array
@@ -37,17 +39,21 @@ class Split:
     chunks: list[list[tuple[int, ...]]]  # by that number: of every kind of rank the blocks of each of its chunks
 
     def take(self, rows: Any) -> Split:
-        return Split(self.blocks[rows], self.embed[rows], self.head[rows], self.place[rows], self.pipeline[rows], self.chunks)
+        return Split(self.blocks[:, rows], self.embed[:, rows], self.head[:, rows], self.place[:, rows], self.pipeline[rows], self.chunks)
 
 
 @dataclass(frozen=True)
-class Flying:
-    """What a rank holds the activations of, at the fullest moment that goes back through the head, and through blocks; (n, kinds) each."""
+class Alive:
+    """What a rank holds when a chunk of its layers begins its way back, (kinds, n) each; ones and zeros say yes and no."""
 
-    turn_blocks: Array  # blocks, once a microbatch
-    turn_chunks: Array  # chunks, once a microbatch
-    deep_blocks: Array
-    deep_chunks: Array
+    blocks: Array  # with activations, once a microbatch
+    units: Array  # chunks, once a microbatch
+    heads: Array  # those of them with the head
+    chunk: Array  # blocks of the one that goes back
+    top: Array  # it has the head
+    bottom: Array  # it has the embedding
+    summed: Array  # blocks have been back before in this step
+    ended: Array  # so have the embedding or the head of the rank
 
 
 Kind = tuple[int, int, int, int, tuple[int, ...]]  # blocks, embed, head, place, blocks of each chunk
@@ -66,28 +72,49 @@ def split(shape: Shape, layouts: Layouts, rule: str) -> Split:
     kinds = [_kinds(*key, rule) for key in keys]
     wide = max(len(ranks) for ranks in kinds)
     kinds = [[*ranks, *[ranks[-1]] * (wide - len(ranks))] for ranks in kinds]
-    found = np.array([[kind[:4] for kind in ranks] for ranks in kinds], dtype=np.float64)[back.ravel()]
-    blocks, embed, head, place = (np.ascontiguousarray(found[:, :, column]) for column in range(4))
+    table = np.array([[kind[:4] for kind in ranks] for ranks in kinds], dtype=np.float64).transpose(2, 1, 0)  # (fields, kinds, keys)
+    blocks, embed, head, place = np.ascontiguousarray(table)[:, :, back.ravel()]
     return Split(blocks, embed, head, place, back.ravel(), [[kind[4] for kind in ranks] for ranks in kinds])
 
 
-def flying(layouts: Layouts, split: Split) -> Flying:
-    """1F1B holds the microbatches that are on their way behind a rank; GPipe and the looped schedule hold all; interleaved 1F1B is followed
-    step by step, for its chunks are of different sizes.
+def flying(layouts: Layouts, split: Split) -> dict[str, Alive]:
+    """By moment: `turn`, the fullest with the head, and `turned`, that after a head has been back; `deep` and `next`, the same of blocks;
+    `end`, of the first chunk, or of a head that is alone in its chunk.
+
+    1F1B holds the microbatches that are on their way behind a rank, GPipe all of them. With several chunks a rank is followed unit by unit,
+    for its chunks are of different sizes.
     """
-    m, pp, v, kind = (column[:, None] for column in (layouts.microbatches, layouts.pp, layouts.chunks, layouts.schedule))
-    one = np.where(kind == 0, np.minimum(m, pp - split.place), m)
-    blocks, chunks = one * split.blocks, np.where(kind == 0, one, one * v)
-    found = np.stack([blocks, chunks, blocks, chunks])
-    rows = np.flatnonzero(layouts.schedule == INTERLEAVED)
-    if len(rows):
-        few = layouts.take(rows)
-        rounds = np.maximum(1, few.microbatches // few.pp)
-        group, rounds = few.microbatches // rounds, np.minimum(rounds, ROUNDS)
-        keys, back = np.unique((split.pipeline[rows] << 32) + (few.pp << 16) + (group << 2) + rounds, return_inverse=True)
-        table = np.array([_followed(split, rows[at], few, at, group, rounds) for at in _firsts(back, len(keys))])  # (keys, kinds, 4)
-        found[:, rows] = np.moveaxis(table[back.ravel()], 2, 0)
-    return Flying(*found)
+    chunked = layouts.schedule >= INTERLEAVED
+    if chunked.all():
+        return _named(_follow(layouts, split))
+    m = layouts.microbatches
+    held = np.where(layouts.schedule == 0, np.minimum(m, layouts.pp - split.place), m)
+    more = 1.0 * (m > held)  # then gradients have been summed when a rank is fullest
+    later = held - (m > 1) * (1 - more)
+    nothing = np.zeros_like(split.blocks)
+    first, second = (
+        np.stack([num * split.blocks, num + nothing, num * split.head, split.blocks, split.head, split.embed, summed, summed])
+        for num, summed in ((held, more + nothing), (later, (m > 1) + nothing))
+    )
+    if not chunked.any():
+        return _named([first, second, first, second, first])
+    found = np.stack([first, second, first, second, first])  # (states, fields, kinds, n)
+    found[..., chunked] = _follow(layouts.take(chunked), split.take(chunked))
+    return _named(found)
+
+
+def _named(states: Any) -> dict[str, Alive]:
+    return {name: Alive(*state) for name, state in zip(STATES, states, strict=True)}
+
+
+def _follow(layouts: Layouts, split: Split) -> Array:
+    """(states, fields, kinds, n) of schedules with several chunks; layouts that have the same pipeline and rounds are followed once."""
+    breadth = layouts.schedule > INTERLEAVED
+    rounds = np.where(breadth, 1, np.maximum(1, layouts.microbatches // layouts.pp))
+    group, rounds = layouts.microbatches // rounds, np.where(breadth, 0, np.minimum(rounds, ROUNDS))
+    keys, back = np.unique((split.pipeline << 40) + (layouts.pp << 24) + (group << 2) + rounds, return_inverse=True)
+    table = [_followed(split, at, int(layouts.pp[at]), int(group[at]), int(rounds[at])) for at in _firsts(back, len(keys))]
+    return np.ascontiguousarray(np.stack(table, axis=-1))[..., back.ravel()]
 
 
 def _firsts(back: Array, num: int) -> list[int]:
@@ -97,25 +124,43 @@ def _firsts(back: Array, num: int) -> list[int]:
     return first.tolist()
 
 
-def _followed(split: Split, row: int, few: Layouts, at: int, group: Array, rounds: Array) -> list[tuple[float, ...]]:
-    chunks, places = split.chunks[split.pipeline[row]], split.place[row]
-    return [
-        _interleaved(sizes, int(few.pp[at] - place), int(group[at]), int(rounds[at])) for sizes, place in zip(chunks, places, strict=True)
+def _followed(split: Split, row: int, pp: int, group: int, rounds: int) -> Array:
+    """(states, fields, kinds)"""
+    chunks, ends = split.chunks[split.pipeline[row]], zip(split.embed[:, row], split.head[:, row], split.place[:, row], strict=True)
+    ranks = [
+        _unit_by_unit(sizes, bool(embed), bool(head), int(pp - place), group, rounds)
+        for sizes, (embed, head, place) in zip(chunks, ends, strict=True)
     ]
+    return np.array(ranks).transpose(1, 2, 0)
 
 
 @functools.lru_cache(maxsize=65536)
-def _interleaved(sizes: tuple[int, ...], behind: int, group: int, rounds: int) -> tuple[float, ...]:
-    """The fields of `Flying` of a rank with chunks of so many blocks, `behind` - 1 ranks after it, and `group` microbatches a round."""
-    v, total = len(sizes), group * rounds * len(sizes)
-    turns = np.arange(total)
-    chunk = turns // group % v  # of each forward; the backward passes come in the order v - 1, ..., 0
-    forward, backward = (np.concatenate([[0], np.cumsum(np.asarray(sizes)[order])]) for order in (chunk, v - 1 - chunk))
-    started = np.minimum((v - 1) * group + 2 * (behind - 1) + 1 + turns, total)  # forwards, when each backward begins
-    blocks, units = forward[started] - backward[:-1], started - turns
-    rank = blocks * (total + 1) + units
-    turn, deep = (np.where(there, rank, -1).argmax() for there in (chunk == 0, np.asarray(sizes)[v - 1 - chunk] > 0))
-    return float(blocks[turn]), float(units[turn]), float(blocks[deep]), float(units[deep])
+def _unit_by_unit(sizes: tuple[int, ...], embed: bool, head: bool, behind: int, group: int, rounds: int) -> tuple[Any, ...]:
+    """The states of a rank with chunks of so many blocks, `behind` - 1 ranks after it, and `group` microbatches a round; no rounds: all
+    microbatches go forward through all chunks first (looped)."""
+    v, total = len(sizes), group * max(rounds, 1) * len(sizes)
+    turns, size = np.arange(total), np.asarray(sizes)
+    chunk = turns // group % v  # of each forward
+    going = v - 1 - chunk  # of each backward
+    started = np.minimum((v - 1) * group + 2 * (behind - 1) + 1 + turns, total) if rounds else np.full(total, total)
+
+    def alive(forward: Array, backward: Array) -> Array:
+        return np.concatenate([[0], np.cumsum(forward)])[started] - np.concatenate([[0], np.cumsum(backward)])[:-1]
+
+    top, bottom = (going == v - 1) * head, (going == 0) * embed
+    blocks, units, heads = alive(size[chunk], size[going]), started - turns, alive((chunk == v - 1) * head, top)
+    summed, ended = (np.concatenate([[False], np.logical_or.accumulate(each)[:-1]]) for each in (size[going] > 0, (top + bottom) > 0))
+    fields = np.stack([blocks, units, heads, size[going], top, bottom, summed, ended]).astype(float)
+    rank = (blocks * (total + 1) + units) * 4 + 2 * summed + ended
+
+    def fullest(there: Array) -> int:
+        return int(np.where(there, rank, -1).argmax())
+
+    found: list[Any] = []
+    for there, again in ((going == v - 1, ended), (size[going] > 0, summed)):
+        found += [fullest(there), fullest(there & again) if (there & again).any() else fullest(there)]
+    alone = head and not size[-1]
+    return tuple(map(tuple, fields[:, [*found, found[0] if alone else fullest(going == 0)]].T.tolist()))
 
 
 def _threshold_costs(shape: Shape) -> tuple[Array, Array]:
@@ -125,7 +170,8 @@ def _threshold_costs(shape: Shape) -> tuple[Array, Array]:
 
 @functools.lru_cache(maxsize=4096)
 def _kinds(layers: int, block: float, head: float, pp: int, chunks: int, rule: str) -> list[Kind]:
-    """The ranks that differ: of those with the same layers the first, and of too many kinds the fullest."""
+    """The ranks that differ: without those between the ends that have no more in any chunk than one before them, of those with the same
+    layers the first, and of too many kinds the fullest."""
     if rule == "even":
         sizes = [layers // pp + (rank < layers % pp) for rank in range(pp)]
         ranks = [(size, int(rank == 0), int(rank == pp - 1), rank, _even(size, chunks)) for rank, size in enumerate(sizes)]
@@ -133,8 +179,9 @@ def _kinds(layers: int, block: float, head: float, pp: int, chunks: int, rule: s
         parts = _parts((layers, block, head), pp * chunks, rule)
         ranks = [_rank(parts[rank::pp], rank, layers + 1) for rank in range(pp)]
     first: dict[tuple[int, int, int], Kind] = {}
-    for rank in ranks:
-        first.setdefault((rank[0], rank[1], rank[2]), rank)
+    for place, rank in enumerate(ranks):
+        if rank[2] or not any(all(map(operator.le, rank[4], other[4])) for other in ranks[:place]):
+            first.setdefault((rank[0], rank[1], rank[2]), rank)
     kinds = sorted(first.values(), key=lambda kind: (-kind[1] - kind[2], -kind[0]))[:WIDE]  # both ends, then the fullest
     return sorted(kinds, key=lambda kind: kind[3])
 

@@ -25,8 +25,8 @@ SHALLOW = {"model": {"layers": 8, "vocab": 50304}, "train": {"global_batch": 64}
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[Executor]:
-    """An interpreter of its own: a process that has run a backward pass, and its forks, know no new device."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+    """Interpreters of their own: a process that has run a backward pass, and its forks, know no new device."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as fresh:
         yield fresh
 
 
@@ -49,7 +49,7 @@ def _compared(config: settings.Config, layout: Layouts) -> float:
     account = memory.waterfall(Shape.of(config), layout, ranks, ours)
     row = layout.row(0)
     placed = choices.as_config(config, row)
-    rank = int(ranks.place[0, int(account["rank"][0])]) * placed.mesh.cp * placed.mesh.tp
+    rank = int(ranks.place[int(account["rank"][0]), 0]) * placed.mesh.cp * placed.mesh.tp
     document = choices.document(row, config)
     if row["stage"] == 3:
         document["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -77,8 +77,9 @@ def test_the_closed_form_is_within_half_a_percent_of_the_engine(recipe: str, wor
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_closed_form_is_near_the_engine_on_layouts_drawn_at_random(elsewhere: Executor) -> None:
-    draw, config = random.Random(11), settings.load("gpt-1.3b", overrides=SHALLOW)
+    draw, config = random.Random(77), settings.load("gpt-1.3b", overrides=SHALLOW)
     found = enumerate_layouts(config, 16)
     few = np.flatnonzero(found.microbatches <= 8).tolist()  # more take longer and are no fuller
-    away = sorted(abs(elsewhere.submit(_off_shallow, "gpt-1.3b", found.take([row])).result()) for row in draw.sample(few, 40))
-    assert away[len(away) * 3 // 4] < 0.005, away
+    drawn = [elsewhere.submit(_off_shallow, "gpt-1.3b", found.take([row])) for row in draw.sample(few, 200)]
+    away = sorted(abs(each.result()) for each in drawn)
+    assert away[100] < 0.0005 and away[180] < 0.005 and away[-1] < 0.05, away

@@ -1,0 +1,159 @@
+"""The account of our engine's memory, at the moments of memory.py: DeepSpeed's flat buffers and buckets (parallel/zero.py), the tensors
+that autograd keeps of each block (models/layers.py), and what the schedule holds (parallel/pipeline.py).
+
+In: a shape, layouts with their stage splits, a runtime.  Out: bytes by part, moment by moment, for every kind of rank, (kinds, n). Read off
+the dry run operator by operator; tests/ranks/test_closed_form.py holds the two together. Of the ranks that share weights, sums as the
+last one has them, who gets its gradients first, and copies as the first one.
+
+Gradients come in the order of the backward pass: the head's weight, then block by block those of the MLP's second and first product, of
+attention's projection and of queries, keys and values; the embedding's last. They fill buckets. A full one is lined up a second time and
+goes to the other ranks. ZeRO 0 to 2 add what comes back to sums in fp32, which are made in every step when the first gradient of their kind
+(the vocabulary's, or the blocks') comes back; ZeRO-3 has its sums all the time, here or on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from megalite.tune.layouts import Array, Layouts
+from megalite.tune.runtime import Runtime
+from megalite.tune.shape import Shape
+from megalite.tune.sizes import Parts, Sizes
+from megalite.tune.splits import Alive, Split, flying
+
+
+def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Iterator[tuple[str, Parts]]:
+    """Each moment's name and its bytes by part."""
+    alive = flying(layouts, split)
+    account = _Account(shape, layouts, split, runtime, alive["turn"])
+    yield "start-up", {**account.always, "batch": np.zeros_like(account.own)}
+    yield from (("turn", account.turn(alive[state])) for state in ("turn", "turned"))
+    yield from (("deep", account.deep(alive[state])) for state in ("deep", "next"))
+    yield "deep", account.flushed(alive["deep"])
+    yield "reduction", account.reduction(alive["deep"])
+    yield from (("end", account.closing(state)) for state in (alive["deep"], alive["end"]))
+
+
+class _Account(Sizes):
+    """Of every kind of rank of every layout."""
+
+    def _with_embedding(self, alive: Alive) -> Array:
+        """The same, where few weights are left to fetch and the next microbatch begins with the embedding, larger than what may stay.
+        Without recomputation the weights of a block come later, one by one.
+        """
+        if not self.tight[0].size:
+            return self.fetched
+        found = self.fetched.copy()
+        chunk, blocks, bottom, block, largest, words, live, moved = (
+            np.broadcast_to(value, found.shape)[self.tight]
+            for value in (alive.chunk, alive.blocks, alive.bottom, self.block, self.largest, self.words, self.layouts.live, self.moved)
+        )
+        rest = chunk * block - largest
+        one_by_one = (self.layouts.recompute == 0)[self.tight[1]] & (chunk > 1)
+        onward = (bottom > 0) & (blocks > chunk) & (rest < live) & (rest + words >= live) & ~one_by_one
+        found[self.tight] = np.where(onward, moved * (rest + words + largest), found[self.tight])
+        return found
+
+    def sums(self, summed: Array | float, ended: Array | float) -> Array:
+        """The sums in fp32 that ZeRO 0 to 2 make in every step, of blocks and of embedding or head."""
+        return summed * self.sum_blocks + ended * self.sum_ends
+
+    def _state(self, alive: Alive, *, turn: bool = False, flushed: bool = False, closing: bool = False) -> Parts:
+        """What is there beside what is at work. Buckets of ZeRO 0 to 2, of which two overlap, are made for each backward pass."""
+        found = dict(self.always)
+        top: Any = 0.0 if turn else alive.top  # the head has gone back
+        found["activations"] = (
+            alive.blocks * self.kept + (alive.units - top) * self.hidden + (alive.heads - top) * self.head + self.received
+        )
+        if turn:
+            found["gathered"] = self.in_turn
+            found["gradients"] = found["gradients"] + self.sums(alive.summed, alive.ended)
+            return found
+        found["gathered"] = self._with_embedding(alive)
+        found["buckets"] = self.with_buckets
+        ended = np.maximum(alive.ended, np.maximum(alive.top, alive.bottom) if closing else alive.top * self.large)
+        found["gradients"] = found["gradients"] + self.sums(alive.summed, ended) + self.waiting
+        if not (flushed or closing):
+            found["gradients"] += alive.top * self.held_on
+        return found
+
+    def turn(self, alive: Alive) -> Parts:
+        found = self._state(alive, turn=True)
+        found["activations"] = found["activations"] + self.sent
+        # the gradients of the head's weight and input, and the padded weight
+        weight = self.width * self.words * self.padded * (1 + (self.padded > 1))
+        found["working"] = alive.top * (weight + self.whole)
+        return found
+
+    def deep(self, alive: Alive, *, flushed: bool = False) -> Parts:
+        found = self._state(alive, flushed=flushed)
+        late: Any = 0.0 if flushed else np.where(alive.top > 0, 0.0, self.late)
+        work = self.computed + np.maximum(self.first - late, self.after)
+        found["working"] = np.where(alive.chunk > 0, self.coming + np.maximum(work, self.exchanged - late), 0.0)
+        return found
+
+    def flushed(self, alive: Alive) -> Parts:
+        """The first bucket of ZeRO 0 to 2 has been full, and sums are there from then on."""
+        first = alive.top * self.alone * self.words
+        gone = np.floor(np.maximum(self.bucket - first * (first <= self.bucket), 0.0) / self.block) + 1
+        there = (gone < alive.chunk) & (self.stage < 3)
+        ended = np.maximum(alive.ended, first > 0)
+        after = replace(alive, blocks=alive.blocks - gone, summed=np.ones_like(self.own), ended=ended)
+        return _where(there, self.deep(after, flushed=True))
+
+    def _copies(self, elements: Array, *, mine: Array | float) -> Array:
+        """A full bucket is lined up again, and of this rank's share of it there is a copy in fp32, of `mine` elements at once; under ZeRO-3
+        of all of its share, and a second one if the sums are on the host.
+        """
+        return self.lined * elements + 4.0 * mine * self.plain
+
+    def reduction(self, alive: Alive) -> Parts:
+        """The first bucket of ZeRO-3 is full."""
+        w, first = self.width, alive.top * self.alone * self.words
+        filled, blocks, (down, up, out) = self.fill(np.where(first <= self.bucket, first, 0.0), self.bucket)
+        there = blocks < alive.chunk
+        block = self.kept + self.again - self.hidden * (blocks > 0)
+        mlp, residual = self.mlp, self.hidden
+        left = np.select(
+            [out, up, down],
+            [
+                self.whole + w * self.matrices[3],
+                block - mlp - residual + self.row * self.heads + w * self.matrices[2],
+                block - mlp + self.whole + w * self.matrices[1],
+            ],
+            block + self.first,
+        )
+        found = self._state(replace(alive, summed=np.ones_like(self.own)))
+        found["activations"] = found["activations"] - (blocks + 1) * self.kept
+        found["working"] = self.coming + left + self._copies(filled, mine=(self.shards == 1) * self.matrices[1])
+        return _where(there, found)
+
+    def closing(self, alive: Alive) -> Parts:
+        """A chunk has gone back, and its last gradients go to the other ranks; the embedding's is the very last."""
+        w, words = self.width, self.words
+        found = self._state(replace(alive, summed=np.maximum(alive.summed, alive.chunk > 0)), closing=True)
+        found["activations"] = found["activations"] - alive.chunk * self.kept
+        first = alive.top * self.alone * words
+        all_of_it = alive.chunk * self.block + first * (1.0 - self.too_large)
+        rest = np.where(all_of_it > self.bucket, all_of_it % self.filled, all_of_it) + alive.bottom * self.shape.embed_whole
+        mine = ((self.shards == 1) | (alive.bottom > 0) | (self.layouts.chunks == 1)) * self.part
+        before = self._copies(rest, mine=np.where(alive.top > 0, self.share, mine))
+        before = np.where((first > 0) & self.too_large & (alive.chunk == 0), w * words + self.piece, before)  # a head alone
+        after = np.maximum(before, self._copies(words, mine=self.share) - w * words)
+        together = self._copies(rest + words, mine=np.maximum(mine, self.share)) - w * words  # its gradient moves into the bucket
+        last = np.select([self.too_large, rest + words > self.bucket], [np.maximum(before, self.piece), after], together)
+        # the head's gradient has waited for the embedding's, and they are added up
+        own = np.where(self.both > 0, np.maximum(2 * w * words, last), w * words + last)
+        # a gradient for the stage before; what was before the embedding's is let go of with it
+        onward = np.where((alive.bottom > 0) & (~self.too_large | (self.both > 0)), self.sending, self.hidden)
+        found["working"] = onward + np.where(alive.bottom > 0, own, before)
+        return found
+
+
+def _where(there: Array, found: Parts) -> Parts:
+    """Never the fullest where there is no such moment."""
+    return {**found, "activations": np.where(there, found["activations"], -np.inf)}

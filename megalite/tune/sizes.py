@@ -1,0 +1,171 @@
+"""What the parts of a rank of our engine weigh, whatever the moment: its weights, what a microbatch leaves behind, what is on its way, what
+ZeRO holds.
+
+In: a shape, layouts with their stage splits, a runtime.  Out: `Sizes`, whose arrays are (kinds, n) or broadcast to it. account.py says what
+of it is there when.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megalite.tune.kept import SELECTIVE, block_kept, parameters
+from megalite.tune.layouts import Array, Layouts
+from megalite.tune.runtime import Runtime
+from megalite.tune.shape import Number, Shape, ceil
+from megalite.tune.splits import INTERLEAVED, Alive, Split
+
+Parts = dict[str, Array]
+
+
+class Sizes:
+    """Of every kind of rank of every layout; bytes where they are not called elements. `turn` is the fullest moment with the head."""
+
+    def __init__(self, shape: Shape, layouts: Layouts, split: Split, runtime: Runtime, turn: Alive) -> None:
+        self.shape, self.layouts, self.split, self.width = shape, layouts, split, runtime.width
+        self.stage, self.offload, self.shards = layouts.stage, layouts.offload, layouts.shards.astype(float)
+        self.in_turns = (layouts.schedule == 0) | (layouts.schedule == INTERLEAVED)  # forward and backward passes alternate
+        self.selective = layouts.recompute == SELECTIVE
+        self._weigh(layouts.tp)
+        self.kept, self.again = block_kept(shape, layouts, runtime)
+        self._keep(layouts.tp)
+        self._pass(turn)
+        self.always = self._always(runtime)
+        self.fetched, self.in_turn = self._fetch()
+        self._reduce()
+
+    def _weigh(self, t: Array) -> None:
+        """Elements of weights."""
+        shape, split = self.shape, self.split
+        self.every = parameters(shape, self.layouts, split)
+        self.own = self.every / self.shards
+        self.block, self.words = _floats(shape.block_cut(t) + shape.block_whole), _floats(shape.vocab_weight(t))
+        self.ends = self.every - split.blocks * self.block  # embedding and head
+        self.both = split.embed * split.head * shape.tied  # one weight, whose gradient waits until both have gone back
+        self.alone = 1.0 - self.both
+        self.f, self.wide = ceil(shape.mlp, t), np.where(shape.gated, 2, 1) * ceil(shape.mlp, t)
+        self.heads, self.columns = ceil(shape.heads, t) * shape.head_width, shape.columns(t)
+        self.matrices = [_floats(shape.width * n) for n in (self.f, self.wide, self.heads, self.columns)]  # the last one first
+        self.largest = np.maximum(self.matrices[0], self.matrices[1])
+        self.bucket = _floats(self.layouts.bucket)
+
+    def _keep(self, t: Array) -> None:
+        """What a microbatch leaves behind: a hidden state, whole and as the rank has it; a block; the head's norm and logits."""
+        shape, layouts, w = self.shape, self.layouts, self.width
+        self.row = w * (layouts.micro * shape.sequence / layouts.cp)  # an element of every token
+        self.whole = self.row * shape.width
+        self.cut = layouts.split_sequence == 1
+        self.hidden = self.whole / np.where(self.cut, t, 1)
+        self.mlp = self.hidden + self.row * np.where(shape.gated, 4, 2) * self.f  # of it, behind the second norm
+        words = ceil(shape.vocab, t)
+        self.padded = np.ceil(words / 64) * 64 / words  # the head's products are padded, see kernels/cross_entropy.py
+        self.head = self.whole + self.row * words * self.padded
+
+    def _pass(self, turn: Alive) -> None:
+        """What is on its way between stages, and between the products of a block that goes back."""
+        layouts, split, w = self.layouts, self.split, self.width
+        t, pipeline = layouts.tp, layouts.pp > 1
+        more = pipeline & (turn.units < (layouts.microbatches * layouts.chunks))  # gradients have come before
+        # a gradient on its way, or at the end of a pipeline the next microbatch, unless all are there
+        self.received = np.where(more | (split.head == 0), self.hidden, 0.0)
+        sending = pipeline & (layouts.schedule == 0) & (t > 1) & (layouts.microbatches > 1) & (split.head > 0)
+        self.sent = np.where(sending, self.hidden, 0.0)  # the gradient before, still
+        twice = more & (split.head == 0) & ((layouts.schedule != INTERLEAVED) | (split.embed == 0))  # an output is still being sent
+        gathered = np.where(self.cut, self.whole, 0.0)  # the gradient of a sum that was scattered
+        self.sending = np.where(twice, self.hidden, 0.0)
+        self.coming = gathered + self.sending + self.hidden
+        # gradients of the last product's input and weight; then of what it was made of
+        self.first, second = self.row * self.f + w * self.matrices[0], self.row * self.wide
+        # the product before it. Where sequences are split: its input whole, that one's gradient twice, its part and the one that came.
+        # Else the gradient that is summed over ranks, its sum and what is handed on, while the MLP has let go
+        third = np.where(self.cut, 2 * gathered + 2 * self.hidden - second, (t > 1) * (3 * self.whole - self.mlp))
+        self.after = np.maximum(second, third)
+        # computed again, queries, keys and values on their way to other ranks: side by side, by rank, and as they arrive
+        exchanged = (layouts.cp > 1) & self.selective
+        self.exchanged = np.where(exchanged, self.hidden + 3.0 * self.row * self.columns, 0.0)
+
+    def _always(self, runtime: Runtime) -> Parts:
+        """What lies there for the whole run."""
+        w, three, layouts = self.width, self.stage == 3, self.layouts
+        # the largest gradient, from where it leaves for the host
+        landing = w * np.maximum((self.split.embed + self.split.head > 0) * self.words, self.matrices[1])
+        batch = (layouts.microbatches * layouts.micro * self.shape.sequence) * 36.0
+        return {
+            "weights": w * np.where(three, self.own * (self.offload < 2), self.every),
+            "optimizer": runtime.state_bytes * self.own * (self.offload < 1),
+            "gradients": np.where(three, 4.0 * self.own * (self.offload < 1), landing * (self.offload >= 1)),
+            "buckets": w * self.bucket * three + 0.0 * self.own,
+            "runtime": np.full_like(self.own, runtime.memory.context),
+            "batch": batch + 0.0 * self.own,
+        }
+
+    def _fetch(self) -> tuple[Array, Array]:
+        """Bytes of weights that ZeRO-3 holds beside its shard, in general and at the turn: all, where that many may stay
+        (parallel/gather.py), and else as many as may: what is not kept, for it is needed again soon, is fetched ahead. The matrix at work
+        is there whatever the limit.
+        """
+        live, head = self.layouts.live, self.split.head * self.words
+        first = np.where(head > 0, head, self.matrices[0])
+        stay = self.every <= live
+        around = np.where(stay, self.every, np.where(first <= live, self._reach(live, head), 0.0))
+        moved = (self.stage == 3) & ((self.shards > 1) | (self.offload == 2))  # one rank has them whole, unless the host has
+        self.streams, self.moved = moved & ~stay, self.width * moved
+        self.tight = np.nonzero(self.streams & self.in_turns & (self.split.embed > 0))  # kinds and rows
+        # DeepSpeed's own linear, where weights come and go, is computed again to its end, which fetches a weight and frees a product
+        self.computed = self.again + np.where(self.streams & self.selective, self.width * self.largest - self.hidden, 0.0)
+        return self.moved * np.maximum(around + self.largest * ~stay, self.largest), self.moved * np.maximum(around, head)
+
+    def _reach(self, elements: Array, head: Array) -> Array:
+        """The fewest elements, of whole matrices from a rank's last one on, that are so many."""
+        rest = np.maximum(elements - head, 0.0)
+        blocks = np.floor(rest / self.block)
+        rest = rest - blocks * self.block
+        part, before = np.zeros_like(rest), 0.0
+        for matrix in self.matrices:
+            part = part + np.where(rest > before, matrix, 0.0)
+            before = before + matrix
+        return np.minimum(head + blocks * self.block + part, self.every)
+
+    def fill(self, first: Array, elements: Array) -> tuple[Array, Array, list[Array]]:
+        """Whole blocks and whole matrices of the next one that come before so many elements are exceeded, and the elements they are."""
+        rest = np.maximum(elements - first, 0.0)
+        blocks = np.floor(rest / self.block)
+        rest = rest - blocks * self.block
+        before, passed, filled = np.zeros_like(rest), [], first + blocks * self.block
+        for matrix in self.matrices[:-1]:
+            before = before + matrix
+            passed.append(rest >= before)
+            filled = filled + matrix * passed[-1]
+        return filled, blocks, passed
+
+    def _reduce(self) -> None:
+        """Buckets, and what a gradient needs on its way from the backward pass into the sums."""
+        w, words = self.width, self.words
+        self.buckets = w * self.bucket * np.select([self.stage == 3, self.stage == 0], [0, 1], 2)
+        self.with_buckets = self.always["buckets"] + self.buckets
+        # made when a backward pass has its first gradient: of the head's norm, of BERT's, or of a bias added after a sum
+        early = (self.layouts.tp > 1) & np.asarray(self.shape.bias, bool) | np.asarray(self.shape.bert, bool)
+        self.late = np.where(early, 0.0, self.buckets)
+        made = (self.stage < 3) & ((self.offload == 0) | (self.layouts.microbatches > 1))  # one microbatch goes straight to the host
+        self.sum_blocks, self.sum_ends = (made * 4.0 / self.shards * size for size in (self.split.blocks * self.block, self.ends))
+        # of this rank, the first: it holds the first weights, which come last
+        self.share = words / self.shards
+        self.part = np.minimum(self.matrices[1], self.split.blocks * self.block / self.shards)
+        moved = (self.stage < 3) | (self.shards > 1) | (self.offload >= 1)  # else gradients are added as they come
+        twice = 1.0 + (self.offload >= 1)
+        self.lined = np.where(self.stage == 3, moved * np.maximum(4.0 / self.shards + w, twice * 4.0 / self.shards), w)  # bytes an element
+        # a weight too large for a bucket goes alone, piece by piece, on its way to the host as a copy
+        pieces = np.floor(self.bucket / self.share) + 1
+        piece = np.where((self.shards > 1) & (pieces > 1) & (self.stage < 3), w * np.minimum(words, pieces * self.share), 0.0)
+        copied = w * words * ((self.stage < 3) & (self.offload >= 1))
+        self.piece = np.maximum(piece + 4.0 * self.share * np.where(self.stage == 3, twice, 1.0), copied)
+        self.too_large = words > self.bucket
+        # the head's own gradient, if it is larger than a bucket, is summed at once, and let go of with the next bucket
+        self.large = self.alone * (self.too_large & (self.stage < 3))
+        self.waiting, self.held_on = w * words * self.both * self.padded, w * words * self.large * (self.stage > 0)
+        self.plain = 1.0 * (self.stage < 3)
+        self.filled = np.maximum(self.fill(np.zeros_like(self.own), self.bucket)[0], 1.0)
+
+
+def _floats(value: Number) -> Array:
+    return np.asarray(value, dtype=float)
