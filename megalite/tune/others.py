@@ -33,7 +33,7 @@ def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> I
     alive = flying(layouts, split)
     turn, deep = alive["turn"], alive["deep"]
     tokens = layouts.micro * shape.sequence / layouts.cp
-    kept, again = (size for size in block_kept(shape, layouts, runtime))
+    kept, again = block_kept(shape, layouts, runtime)
     whole = w * (tokens * np.asarray(shape.width))
     hidden = whole / np.where(layouts.split_sequence == 1, t, 1)
     pipeline = layouts.pp > 1
@@ -44,13 +44,14 @@ def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> I
     two = np.maximum(2.0 * (shape.block_cut(t) + shape.block_whole), shape.vocab_weight(t))
     gathered = np.where(layouts.stage == 3, w * np.minimum(every, two), 0.0)
     words = split.head * (tokens * ceil(shape.vocab, t))
+    besides = whole * (c.passing + c.alone * (layouts.pp == 1))
     yield (
         "turn",
         {
             **always,
             "gathered": gathered,
             "activations": turn.blocks * kept + turn.units * hidden + turn.heads * whole + received + sending * hidden,
-            "working": words * (12.0 + 4.0 * (layouts.microbatches > 1)) * c.logits + c.passing * whole,
+            "working": words * (12.0 + 4.0 * (layouts.microbatches > 1)) * c.logits + besides,
         },
     )
 

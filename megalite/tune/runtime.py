@@ -54,7 +54,7 @@ class MemoryConstants:
     """Of the memory model (see memory.py): bytes, or pure numbers."""
 
     context: float = 1.0e9  # what a process holds on the GPU beside its tensors: CUDA's context, libraries' workspaces
-    link: float = 0.0  # buffers of a communicator
+    alone: float = 0.0  # hidden states, whole, that a rank without a pipeline holds besides; measured, and not understood
     linear: float = 1.0  # factors on activations of a block that are proportional to s d, to s f
     widening: float = 1.0
     logits: float = 1.0  # on the vocabulary's activations
@@ -95,7 +95,7 @@ DESIGN = {
     "nanotron": Runtime(
         "nanotron", rule="threshold", outer="pp", gradient_width=4, scatters=1,
         constants=Constants(launch=4e-3, launch_far=3e-3, alpha_between=1e-3),
-        memory=MemoryConstants(uncut=1.0, passing=2.0, fresh=0.5, update=6.0, exchange=2.0),
+        memory=MemoryConstants(alone=30.0, uncut=1.0, passing=2.0, fresh=0.5, update=6.0, exchange=2.0),
     ),
     # Megatron-LM under DeepSpeed, as BLOOM and vTrain ran it: layers evenly, ranks as (pp, dp, tp), fp16 gradients, fused softmax
     "megatron-deepspeed": Runtime("megatron-deepspeed", rule="even", outer="pp", precision="fp16", flash=False),

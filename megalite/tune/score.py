@@ -128,6 +128,7 @@ class Score:
     time_median: float
     memory_median: float
     false_fits: float  # of the runs that ran out of memory (or failed), those said to fit with room to spare, of all runs said to fit
+    false_memory: float  # the same without those that failed for another reason: a run that needs no less memory ran
     false_misses: float  # of the runs that ran, those said not to fit
     rank: float  # Spearman's rank correlation within a cell, mean over the cells
     top_five: float  # share of the cells whose best layout is among our best five
@@ -157,11 +158,30 @@ def score(runs: Runs, seconds: Array, held: Array, *, limit: float) -> Score:
         time_median=float(np.median(off)) if len(off) else np.nan,
         memory_median=float(np.median(heavy)) if len(heavy) else np.nan,
         false_fits=_mean((fits & runs.failed)[fits]) if runs.failed.any() else np.nan,
+        false_memory=_mean((fits & runs.failed & ~_as_much_ran(runs))[fits]) if runs.failed.any() else np.nan,
         false_misses=_mean(~fits[weighed]),
         rank=_mean(ranks),
         top_five=_mean(hits),
         regret=_mean(regrets),
     )
+
+
+def _as_much_ran(runs: Runs) -> Array:
+    """Of each run, whether one ran that needs no less memory by any account: a model as large, cut into as many stages and by no more
+    ranks, with as many tokens in a microbatch, as many of those in flight, and no more ZeRO or recomputation.
+    """
+    layouts = runs.layouts
+    flight = np.minimum(layouts.microbatches, layouts.pp)
+    larger = [*np.broadcast_arrays(runs.shape.layers, runs.shape.width, runs.shape.sequence, layouts.micro)[:4], flight]
+    smaller = [layouts.tp, layouts.cp, layouts.dp, layouts.stage, layouts.recompute, layouts.split_sequence]
+    ran = ~runs.failed
+    found = np.ones((len(ran), len(ran)), dtype=bool)  # [run, other]
+    for column in larger:
+        found &= column[None, :] >= column[:, None]
+    for column in smaller:
+        found &= column[None, :] <= column[:, None]
+    found &= (layouts.pp[None, :] == layouts.pp[:, None]) & ran
+    return found.any(axis=1)
 
 
 def _ranks(values: Array) -> Array:

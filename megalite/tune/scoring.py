@@ -27,6 +27,7 @@ SAID = {
     "time_median": ("step time, median error", "{:.1%}"),
     "memory_median": ("memory, median error", "{:.1%}"),
     "false_fits": ("said to fit, but failed", "{:.1%}"),
+    "false_memory": ("the same, but nothing that needs as much ran", "{:.1%}"),
     "false_misses": ("said not to fit, but ran", "{:.1%}"),
     "rank": ("rank correlation within a cell, mean", "{:.3f}"),
     "top_five": ("cells whose best is among our five", "{:.0%}"),

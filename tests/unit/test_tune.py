@@ -231,6 +231,19 @@ def test_runs_that_were_not_fitted_are_predicted_within_a_tenth() -> None:
     assert found.timed == 62 and found.time_mean < 0.1 and found.top_five == 1.0
 
 
+def test_a_run_that_failed_where_as_much_ran_did_not_fail_for_want_of_memory(tmp_path: Path) -> None:
+    table = tmp_path / "runs.csv"
+    head = "layers,hidden,heads,seq,mbs,gbs,dp,tp,pp,zero,tok_s_gpu,status\n"
+    failed = [(1, 1, 4), (1, 2, 4), (1, 1, 8), (2, 0, 4), (4, 1, 4)]  # microbatch, ZeRO, data parallelism
+    lines = [f"4,512,8,512,{micro},64,{dp},1,1,{zero},,fail\n" for micro, zero, dp in failed]
+    table.write_text(head + "4,512,8,512,2,64,4,1,1,1,1000,ok\n" + "".join(lines))
+    runs = read_runs(table, runtime.find("nanotron"))
+    nothing = np.zeros(6)  # all are said to fit
+    found = score(runs, nothing + 1, nothing, limit=1.0)
+    assert found.false_fits == 5 / 6
+    assert found.false_memory == 2 / 6  # less ZeRO than in the one that ran, and more in a microbatch
+
+
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
