@@ -2,8 +2,8 @@
 that autograd keeps of each block (models/layers.py), and what the schedule holds (parallel/pipeline.py).
 
 In: a shape, layouts with their stage splits, a runtime.  Out: bytes by part, moment by moment, for every kind of rank, (kinds, n). Read off
-the dry run operator by operator; tests/ranks/test_closed_form.py holds the two together. Of the ranks that share weights, sums as the
-last one has them, who gets its gradients first, and copies as the first one.
+the dry run operator by operator; tests/ranks/test_closed_form.py holds the two together. Of the ranks that share weights, the last one is
+the first to get gradients of its own, and the first one the last; what either holds is counted.
 
 Gradients come in the order of the backward pass: the head's weight, then block by block those of the MLP's second and first product, of
 attention's projection and of queries, keys and values; the embedding's last. They fill buckets. A full one is lined up a second time and
@@ -32,35 +32,59 @@ def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> I
     account = _Account(shape, layouts, split, runtime, alive["turn"])
     yield "start-up", {**account.always, "batch": np.zeros_like(account.own)}
     yield from (("turn", account.turn(alive[state])) for state in ("turn", "turned"))
-    yield from (("deep", account.deep(alive[state])) for state in ("deep", "next"))
+    yield from (("deep", account.deep(state)) for state in (alive["deep"], account.reaching(alive["next"])))
     yield "deep", account.flushed(alive["deep"])
-    yield "reduction", account.reduction(alive["deep"])
+    reaching = account.reaching(alive["deep"])
+    yield "reduction", account.reduction(reaching, late=reaching.chunk < alive["deep"].chunk)
+    yield "reduction", account.large_head(alive["turn"])
     yield from (("end", account.closing(state)) for state in (alive["deep"], alive["end"]))
 
 
 class _Account(Sizes):
     """Of every kind of rank of every layout."""
 
-    def _with_embedding(self, alive: Alive) -> Array:
-        """The same, where few weights are left to fetch and the next microbatch begins with the embedding, larger than what may stay.
-        Without recomputation the weights of a block come later, one by one.
+    def _reach_embedding(self, alive: Alive) -> tuple[Array, Array]:
+        """Of the ranks of `tight`, whether the next microbatch's embedding, more than what may stay, is fetched while this chunk goes back,
+        since few of its weights are left to fetch; and the bytes that are gathered then. Without recomputation they come one by one.
         """
-        if not self.tight[0].size:
-            return self.fetched
-        found = self.fetched.copy()
         chunk, blocks, bottom, block, largest, words, live, moved = (
-            np.broadcast_to(value, found.shape)[self.tight]
+            np.broadcast_to(value, self.fetched.shape)[self.tight]
             for value in (alive.chunk, alive.blocks, alive.bottom, self.block, self.largest, self.words, self.layouts.live, self.moved)
         )
         rest = chunk * block - largest
         one_by_one = (self.layouts.recompute == 0)[self.tight[1]] & (chunk > 1)
-        onward = (bottom > 0) & (blocks > chunk) & (rest < live) & (rest + words >= live) & ~one_by_one
-        found[self.tight] = np.where(onward, moved * (rest + words + largest), found[self.tight])
+        near = (bottom > 0) & (blocks > chunk) & (rest < live) & (rest + words >= live) & ~one_by_one
+        return near, moved * (rest + words + largest)
+
+    def _with_embedding(self, alive: Alive) -> Array:
+        """Bytes of weights that are gathered."""
+        if not self.tight[0].size:
+            return self.fetched
+        found = self.fetched.copy()
+        near, size = self._reach_embedding(alive)
+        found[self.tight] = np.where(near, size, found[self.tight])
         return found
 
+    def reaching(self, alive: Alive) -> Alive:
+        """The same chunk when so many of its blocks have gone back that the embedding is fetched, where that is the fuller moment."""
+        if not self.tight[0].size:
+            return alive
+        few = np.floor((self.layouts.live + self.largest) / self.block)
+        gone = np.maximum(alive.chunk - np.maximum(few, 1), 0.0)
+        then = replace(alive, chunk=alive.chunk - gone, blocks=alive.blocks - gone)
+        near, size = self._reach_embedding(then)
+        fuller = np.zeros_like(gone)
+        fuller[self.tight] = near & (size - self.fetched[self.tight] > (gone * self.kept)[self.tight])
+        return replace(alive, chunk=alive.chunk - fuller * gone, blocks=alive.blocks - fuller * gone)
+
     def sums(self, summed: Array | float, ended: Array | float) -> Array:
-        """The sums in fp32 that ZeRO 0 to 2 make in every step, of blocks and of embedding or head."""
-        return summed * self.sum_blocks + ended * self.sum_ends
+        """The sums in fp32 that ZeRO 0 to 2 make in every step, of blocks and of embedding or head; at once, where no weight is tied."""
+        if np.all(self.shape.tied):
+            return summed * self.sum_blocks + ended * self.sum_ends
+        either = np.maximum(summed, ended)
+        if not np.any(self.shape.tied):
+            return either * self.sums_of_all
+        return np.where(self.shape.tied, summed * self.sum_blocks + ended * self.sum_ends, either * self.sums_of_all)
 
     def _state(self, alive: Alive, *, turn: bool = False, flushed: bool = False, closing: bool = False) -> Parts:
         """What is there beside what is at work. Buckets of ZeRO 0 to 2, of which two overlap, are made for each backward pass."""
@@ -111,8 +135,8 @@ class _Account(Sizes):
         """
         return self.lined * elements + 4.0 * mine * self.plain
 
-    def reduction(self, alive: Alive) -> Parts:
-        """The first bucket of ZeRO-3 is full."""
+    def reduction(self, alive: Alive, *, late: Array) -> Parts:
+        """The first bucket is full; or where blocks have gone back before (`reaching`), a later one."""
         w, first = self.width, alive.top * self.alone * self.words
         filled, blocks, (down, up, out) = self.fill(np.where(first <= self.bucket, first, 0.0), self.bucket)
         there = blocks < alive.chunk
@@ -129,8 +153,18 @@ class _Account(Sizes):
         )
         found = self._state(replace(alive, summed=np.ones_like(self.own)))
         found["activations"] = found["activations"] - (blocks + 1) * self.kept
-        found["working"] = self.coming + left + self._copies(filled, mine=(self.shards == 1) * self.matrices[1])
+        left = left + self._copies(filled, mine=self.part)
+        found["working"] = self.coming + left
+        if late.any():  # then a bucket may be full when a block begins: its first gradient, the largest, did not go in
+            begun = self.kept + self.again - self.hidden + self.first + self._copies(self.bucket - self.matrices[0], mine=self.part)
+            found["working"] = self.coming + np.where(late & (self.matrices[0] < self.bucket), np.maximum(left, begun), left)
         return _where(there, found)
+
+    def large_head(self, alive: Alive) -> Parts:
+        """A head's gradient that is too large for a bucket goes to the other ranks before a block goes back."""
+        found = self._state(alive)
+        found["working"] = self.hidden + self.piece + self.width * self.words * (self.stage % 3 == 0)
+        return _where(self.too_large & (self.alone * alive.top * alive.chunk > 0), found)
 
     def closing(self, alive: Alive) -> Parts:
         """A chunk has gone back, and its last gradients go to the other ranks; the embedding's is the very last."""

@@ -71,18 +71,18 @@ class Sizes:
         sending = pipeline & (layouts.schedule == 0) & (t > 1) & (layouts.microbatches > 1) & (split.head > 0)
         self.sent = np.where(sending, self.hidden, 0.0)  # the gradient before, still
         twice = more & (split.head == 0) & ((layouts.schedule != INTERLEAVED) | (split.embed == 0))  # an output is still being sent
-        gathered = np.where(self.cut, self.whole, 0.0)  # the gradient of a sum that was scattered
+        gathered = np.where(self.cut, self.whole, 0.0)  # the gradient of a sum that was scattered, until its product has gone back
         self.sending = np.where(twice, self.hidden, 0.0)
-        self.coming = gathered + self.sending + self.hidden
+        self.coming = self.sending + self.hidden
         # gradients of the last product's input and weight; then of what it was made of
-        self.first, second = self.row * self.f + w * self.matrices[0], self.row * self.wide
+        self.first, second = gathered + self.row * self.f + w * self.matrices[0], self.row * self.wide
         # the product before it. Where sequences are split: its input whole, that one's gradient twice, its part and the one that came.
         # Else the gradient that is summed over ranks, its sum and what is handed on, while the MLP has let go
-        third = np.where(self.cut, 2 * gathered + 2 * self.hidden - second, (t > 1) * (3 * self.whole - self.mlp))
+        third = np.where(self.cut, 3 * gathered + 2 * self.hidden - second, (t > 1) * (3 * self.whole - self.mlp))
         self.after = np.maximum(second, third)
         # computed again, queries, keys and values on their way to other ranks: side by side, by rank, and as they arrive
         exchanged = (layouts.cp > 1) & self.selective
-        self.exchanged = np.where(exchanged, self.hidden + 3.0 * self.row * self.columns, 0.0)
+        self.exchanged = np.where(exchanged, gathered + self.hidden + 3.0 * self.row * self.columns, 0.0)
 
     def _always(self, runtime: Runtime) -> Parts:
         """What lies there for the whole run."""
@@ -105,15 +105,15 @@ class Sizes:
         is there whatever the limit.
         """
         live, head = self.layouts.live, self.split.head * self.words
-        first = np.where(head > 0, head, self.matrices[0])
         stay = self.every <= live
-        around = np.where(stay, self.every, np.where(first <= live, self._reach(live, head), 0.0))
+        around = np.where(stay, self.every, self._reach(live, np.where(head <= live, head, 0.0)) * (self.matrices[0] <= live))
+        turn = np.where(stay | (head <= live), around, 0.0)
         moved = (self.stage == 3) & ((self.shards > 1) | (self.offload == 2))  # one rank has them whole, unless the host has
         self.streams, self.moved = moved & ~stay, self.width * moved
         self.tight = np.nonzero(self.streams & self.in_turns & (self.split.embed > 0))  # kinds and rows
         # DeepSpeed's own linear, where weights come and go, is computed again to its end, which fetches a weight and frees a product
         self.computed = self.again + np.where(self.streams & self.selective, self.width * self.largest - self.hidden, 0.0)
-        return self.moved * np.maximum(around + self.largest * ~stay, self.largest), self.moved * np.maximum(around, head)
+        return self.moved * np.maximum(around + self.largest * ~stay, self.largest), self.moved * np.maximum(turn, head)
 
     def _reach(self, elements: Array, head: Array) -> Array:
         """The fewest elements, of whole matrices from a rank's last one on, that are so many."""
@@ -148,6 +148,7 @@ class Sizes:
         self.late = np.where(early, 0.0, self.buckets)
         made = (self.stage < 3) & ((self.offload == 0) | (self.layouts.microbatches > 1))  # one microbatch goes straight to the host
         self.sum_blocks, self.sum_ends = (made * 4.0 / self.shards * size for size in (self.split.blocks * self.block, self.ends))
+        self.sums_of_all = self.sum_blocks + self.sum_ends
         # of this rank, the first: it holds the first weights, which come last
         self.share = words / self.shards
         self.part = np.minimum(self.matrices[1], self.split.blocks * self.block / self.shards)

@@ -49,12 +49,17 @@ def _compared(config: settings.Config, layout: Layouts) -> float:
     account = memory.waterfall(Shape.of(config), layout, ranks, ours)
     row = layout.row(0)
     placed = choices.as_config(config, row)
-    rank = int(ranks.place[int(account["rank"][0]), 0]) * placed.mesh.cp * placed.mesh.tp
+    place, mesh = int(ranks.place[int(account["rank"][0]), 0]), placed.mesh
+    # of the ranks that share weights, the first one; and where parts of the gradients belong to some of them, the last one
+    copies = [(0, 0), ((mesh.dp or 1) - 1, mesh.cp - 1)] if row["stage"] in (1, 2) else [(0, 0)]
     document = choices.document(row, config)
     if row["stage"] == 3:
         document["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    seen = trace(placed, document, rank=rank, owners=False)
-    return float(memory.peak(account)[0]) / max(seen.peak["fakegpu"], seen.start_up["fakegpu"]) - 1
+    peaks = []
+    for dp, cp in copies:
+        seen = trace(placed, document, rank=((dp * mesh.pp + place) * mesh.cp + cp) * mesh.tp, owners=False)
+        peaks += [seen.peak["fakegpu"], seen.start_up["fakegpu"]]
+    return float(memory.peak(account)[0]) / max(peaks) - 1
 
 
 @pytest.mark.parametrize(
@@ -82,4 +87,4 @@ def test_the_closed_form_is_near_the_engine_on_layouts_drawn_at_random(elsewhere
     few = np.flatnonzero(found.microbatches <= 8).tolist()  # more take longer and are no fuller
     drawn = [elsewhere.submit(_off_shallow, "gpt-1.3b", found.take([row])) for row in draw.sample(few, 200)]
     away = sorted(abs(each.result()) for each in drawn)
-    assert away[100] < 0.0005 and away[180] < 0.005 and away[-1] < 0.05, away
+    assert away[100] < 0.0005 and away[180] < 0.005 and away[-1] < 0.04, away
