@@ -33,6 +33,7 @@ class Sizes:
         self.always = self._always(runtime)
         self.fetched, self.in_turn = self._fetch()
         self._reduce()
+        self._halve()
 
     def _weigh(self, t: Array) -> None:
         """Elements of weights."""
@@ -166,6 +167,14 @@ class Sizes:
         self.waiting, self.held_on = w * words * self.both * self.padded, w * words * self.large * (self.stage > 0)
         self.plain = 1.0 * (self.stage < 3)
         self.filled = np.maximum(self.fill(np.zeros_like(self.own), self.bucket)[0], 1.0)
+
+    def _halve(self) -> None:
+        """Seven digits are enough, and half the memory is twice as fast."""
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray) and value.dtype == float:
+                setattr(self, name, value.astype(np.float32))
+        self.matrices = [matrix.astype(np.float32) for matrix in self.matrices]
+        self.always = {name: size.astype(np.float32) for name, size in self.always.items()}
 
 
 def _floats(value: Number) -> Array:

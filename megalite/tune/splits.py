@@ -104,7 +104,7 @@ def flying(layouts: Layouts, split: Split) -> dict[str, Alive]:
 
 
 def _named(states: Any) -> dict[str, Alive]:
-    return {name: Alive(*state) for name, state in zip(STATES, states, strict=True)}
+    return {name: Alive(*state) for name, state in zip(STATES, np.asarray(states, dtype=np.float32), strict=True)}
 
 
 def _follow(layouts: Layouts, split: Split) -> Array:
