@@ -32,50 +32,15 @@ def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> I
     account = _Account(shape, layouts, split, runtime, alive["turn"])
     yield "start-up", {**account.always, "batch": np.zeros_like(account.own)}
     yield from (("turn", account.turn(alive[state])) for state in ("turn", "turned"))
-    yield from (("deep", account.deep(state)) for state in (alive["deep"], account.reaching(alive["next"])))
+    yield from (("deep", account.deep(alive[state])) for state in ("deep", "next"))
     yield "deep", account.flushed(alive["deep"])
-    reaching = account.reaching(alive["deep"])
-    yield "reduction", account.reduction(reaching, late=reaching.chunk < alive["deep"].chunk)
+    yield "reduction", account.reduction(alive["deep"])
     yield "reduction", account.large_head(alive["turn"])
     yield from (("end", account.closing(state)) for state in (alive["deep"], alive["end"]))
 
 
 class _Account(Sizes):
     """Of every kind of rank of every layout."""
-
-    def _reach_embedding(self, alive: Alive) -> tuple[Array, Array]:
-        """Of the ranks of `tight`, whether the next microbatch's embedding, more than what may stay, is fetched while this chunk goes back,
-        since few of its weights are left to fetch; and the bytes that are gathered then. Without recomputation they come one by one.
-        """
-        chunk, blocks, bottom, block, largest, words, live, moved = (
-            np.broadcast_to(value, self.fetched.shape)[self.tight]
-            for value in (alive.chunk, alive.blocks, alive.bottom, self.block, self.largest, self.words, self.layouts.live, self.moved)
-        )
-        rest = chunk * block - largest
-        one_by_one = (self.layouts.recompute == 0)[self.tight[1]] & (chunk > 1)
-        near = (bottom > 0) & (blocks > chunk) & (rest < live) & (rest + words >= live) & ~one_by_one
-        return near, moved * (rest + words + largest)
-
-    def _with_embedding(self, alive: Alive) -> Array:
-        """Bytes of weights that are gathered."""
-        if not self.tight[0].size:
-            return self.fetched
-        found = self.fetched.copy()
-        near, size = self._reach_embedding(alive)
-        found[self.tight] = np.where(near, size, found[self.tight])
-        return found
-
-    def reaching(self, alive: Alive) -> Alive:
-        """The same chunk when so many of its blocks have gone back that the embedding is fetched, where that is the fuller moment."""
-        if not self.tight[0].size:
-            return alive
-        few = np.floor((self.layouts.live + self.largest) / self.block)
-        gone = np.maximum(alive.chunk - np.maximum(few, 1), 0.0)
-        then = replace(alive, chunk=alive.chunk - gone, blocks=alive.blocks - gone)
-        near, size = self._reach_embedding(then)
-        fuller = np.zeros_like(gone)
-        fuller[self.tight] = near & (size - self.fetched[self.tight] > (gone * self.kept)[self.tight])
-        return replace(alive, chunk=alive.chunk - fuller * gone, blocks=alive.blocks - fuller * gone)
 
     def sums(self, summed: Array | float, ended: Array | float) -> Array:
         """The sums in fp32 that ZeRO 0 to 2 make in every step, of blocks and of embedding or head; at once, where no weight is tied."""
@@ -97,7 +62,7 @@ class _Account(Sizes):
             found["gathered"] = self.in_turn
             found["gradients"] = found["gradients"] + self.sums(alive.summed, alive.ended)
             return found
-        found["gathered"] = self._with_embedding(alive)
+        found["gathered"] = self.fetched
         found["buckets"] = self.with_buckets
         ended = np.maximum(alive.ended, np.maximum(alive.top, alive.bottom) if closing else alive.top * self.large)
         found["gradients"] = found["gradients"] + self.sums(alive.summed, ended) + self.waiting
@@ -135,8 +100,8 @@ class _Account(Sizes):
         """
         return self.lined * elements + 4.0 * mine * self.plain
 
-    def reduction(self, alive: Alive, *, late: Array) -> Parts:
-        """The first bucket is full; or where blocks have gone back before (`reaching`), a later one."""
+    def reduction(self, alive: Alive) -> Parts:
+        """The first bucket is full."""
         w, first = self.width, alive.top * self.alone * self.words
         filled, blocks, (down, up, out) = self.fill(np.where(first <= self.bucket, first, 0.0), self.bucket)
         there = blocks < alive.chunk
@@ -153,11 +118,7 @@ class _Account(Sizes):
         )
         found = self._state(replace(alive, summed=np.ones_like(self.own)))
         found["activations"] = found["activations"] - (blocks + 1) * self.kept
-        left = left + self._copies(filled, mine=self.part)
-        found["working"] = self.coming + left
-        if late.any():  # then a bucket may be full when a block begins: its first gradient, the largest, did not go in
-            begun = self.kept + self.again - self.hidden + self.first + self._copies(self.bucket - self.matrices[0], mine=self.part)
-            found["working"] = self.coming + np.where(late & (self.matrices[0] < self.bucket), np.maximum(left, begun), left)
+        found["working"] = self.coming + left + self._copies(filled, mine=self.part)
         return _where(there, found)
 
     def large_head(self, alive: Alive) -> Parts:

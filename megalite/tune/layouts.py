@@ -139,11 +139,14 @@ def _choices(config: Config, mesh: dict[str, int], pinned: dict[str, int]) -> La
     if pp > 1:
         most = (config.model.layers + 2) // pp
         schedules += [(1, 1), *((kind, chunks) for kind in (2, 3) for chunks in (2, 3, 4, 6, 8) if chunks <= most)]
+    # a limit that the vocabulary's weight does not fit into lets go of everything else whenever that weight is there
+    words = -(-(config.model.vocab or 0) // mesh["tp"]) * config.model.width
+    live_choices = LIVE if "live" in pinned else [limit for limit in LIVE if limit >= words] or LIVE[-1:]
     alone = mesh["dp"] * mesh["cp"] == 1  # nothing to shard over, but there is a host to offload to
     stages = [(0, 0), (1, 1), (3, 2)] if alone else [*((stage, 0) for stage in range(4)), *((stage, 1) for stage in (1, 2, 3)), (3, 2)]
     axes = (
         micros, range(len(schedules)), range(len(stages)), (0, 1) if config.train.precision == "fp32" else (0,), range(len(RECOMPUTE)),
-        (0, 1) if mesh["tp"] > 1 else (0,), BUCKETS, LIVE,
+        (0, 1) if mesh["tp"] > 1 else (0,), BUCKETS, live_choices,
     )  # fmt: skip
     micro, schedule, zero, reduce, recompute, halved, bucket, live = (
         axis.ravel() for axis in np.meshgrid(*(np.array(axis) for axis in axes), indexing="ij")
@@ -154,7 +157,7 @@ def _choices(config: Config, mesh: dict[str, int], pinned: dict[str, int]) -> La
         **mesh, schedule=kinds, chunks=chunks, micro=micro, stage=stage, reduce=reduce, offload=offload, recompute=recompute,
         split_sequence=halved, bucket=bucket, live=live, batch=batch,
     )  # fmt: skip
-    wanted = (stage == 3) | (live == LIVE[0])  # only ZeRO-3 gathers weights
+    wanted = (stage == 3) | (live == live_choices[0])  # only ZeRO-3 gathers weights
     wanted &= (stage > 0) | (bucket == BUCKETS[0])
     for column, value in pinned.items():
         wanted &= getattr(found, column) == value

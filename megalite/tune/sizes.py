@@ -24,7 +24,6 @@ class Sizes:
     def __init__(self, shape: Shape, layouts: Layouts, split: Split, runtime: Runtime, turn: Alive) -> None:
         self.shape, self.layouts, self.split, self.width = shape, layouts, split, runtime.width
         self.stage, self.offload, self.shards = layouts.stage, layouts.offload, layouts.shards.astype(float)
-        self.in_turns = (layouts.schedule == 0) | (layouts.schedule == INTERLEAVED)  # forward and backward passes alternate
         self.selective = layouts.recompute == SELECTIVE
         self._weigh(layouts.tp)
         self.kept, self.again = block_kept(shape, layouts, runtime)
@@ -110,11 +109,10 @@ class Sizes:
         around = np.where(stay, self.every, self._reach(live, np.where(head <= live, head, 0.0)) * (self.matrices[0] <= live))
         turn = np.where(stay | (head <= live), around, 0.0)
         moved = (self.stage == 3) & ((self.shards > 1) | (self.offload == 2))  # one rank has them whole, unless the host has
-        self.streams, self.moved = moved & ~stay, self.width * moved
-        self.tight = np.nonzero(self.streams & self.in_turns & (self.split.embed > 0))  # kinds and rows
+        streams, bytes_each = moved & ~stay, self.width * moved
         # DeepSpeed's own linear, where weights come and go, is computed again to its end, which fetches a weight and frees a product
-        self.computed = self.again + np.where(self.streams & self.selective, self.width * self.largest - self.hidden, 0.0)
-        return self.moved * np.maximum(around + self.largest * ~stay, self.largest), self.moved * np.maximum(turn, head)
+        self.computed = self.again + np.where(streams & self.selective, self.width * self.largest - self.hidden, 0.0)
+        return bytes_each * np.maximum(around + self.largest * ~stay, self.largest), bytes_each * np.maximum(turn, head)
 
     def _reach(self, elements: Array, head: Array) -> Array:
         """The fewest elements, of whole matrices from a rank's last one on, that are so many."""
@@ -150,7 +148,7 @@ class Sizes:
         made = (self.stage < 3) & ((self.offload == 0) | (self.layouts.microbatches > 1))  # one microbatch goes straight to the host
         self.sum_blocks, self.sum_ends = (made * 4.0 / self.shards * size for size in (self.split.blocks * self.block, self.ends))
         self.sums_of_all = self.sum_blocks + self.sum_ends
-        # of this rank, the first: it holds the first weights, which come last
+        # elements of the vocabulary's weight, and of a block's largest matrix, that are this rank's
         self.share = words / self.shards
         self.part = np.minimum(self.matrices[1], self.split.blocks * self.block / self.shards)
         moved = (self.stage < 3) | (self.shards > 1) | (self.offload >= 1)  # else gradients are added as they come
@@ -169,7 +167,7 @@ class Sizes:
         self.filled = np.maximum(self.fill(np.zeros_like(self.own), self.bucket)[0], 1.0)
 
     def _halve(self) -> None:
-        """Seven digits are enough, and half the memory is twice as fast."""
+        """Seven digits of a number of bytes are enough, and a layout costs an eighth less."""
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray) and value.dtype == float:
                 setattr(self, name, value.astype(np.float32))

@@ -119,6 +119,15 @@ def test_a_layout_is_legal_where_the_run_would_be_accepted() -> None:
     assert seen == {True, False}
 
 
+def test_no_limit_is_offered_that_the_vocabulary_does_not_fit_into() -> None:
+    config = settings.load("gpt-1.3b", overrides={"model": {"vocab": 50304}})  # 103 M elements, half of them under tp 2
+    found = enumerate_layouts(config, 8)
+    smallest = {tp: int(found.live[(found.tp == tp) & (found.stage == 3)].min()) for tp in (1, 2)}
+    assert smallest == {1: 500_000_000, 2: 100_000_000}
+    huge = settings.load("gpt-1.3b", overrides={"model": {"vocab": 2_000_000}})
+    assert set(enumerate_layouts(huge, 1).live.tolist()) == {2_000_000_000}
+
+
 def test_every_layout_that_is_enumerated_would_be_accepted() -> None:
     config = settings.load("gpt2-124m", overrides={"train": {"global_batch": 24}})
     found = enumerate_layouts(config, 8)
