@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,7 +75,7 @@ class Cluster:
         return done.stdout
 
     def try_(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300)
 
     def megalite(self, *words: str) -> str:
         return self.call(sys.executable, "-m", "megalite", *words)
@@ -136,6 +137,12 @@ class Cluster:
         while not happened():
             assert time.monotonic() < until, f"waited {seconds} s for {what}\n{self.call('squeue', '--long')}\n{self.told()}"
             time.sleep(0.3)
+
+    def restarts(self, job: str) -> int:
+        """How often it has gone back into the queue; on a busy machine it may have left it between two looks at its state."""
+        found = re.search(r"Restarts=(\d+)", self.call("scontrol", "show", "job", job))
+        assert found, job
+        return int(found[1])
 
     def told(self, job: str = "") -> str:
         """What jobs said."""
