@@ -28,6 +28,7 @@ WHY_NOT = (
     if os.name != "posix" or os.geteuid() or not all(shutil.which(name, path=PLACES) for name in NEEDED)
     else ""
 )
+PATIENCE = 900  # seconds
 # python -m megalite train ..., held in front of each step until a file allows it: things can then befall a run at a known step, however
 # slow the machine is; any other command runs as it is
 HELD = """#!/usr/bin/env bash
@@ -66,7 +67,7 @@ class Cluster:
 
     def do(self, *words: str) -> None:
         """start, stop, crash NODE, boot NODE, cut NODE, heal NODE, hurry."""
-        done = subprocess.run([SCRIPT, *words], env=self.environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([SCRIPT, *words], env=self.environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
 
     def call(self, *words: str) -> str:
@@ -75,7 +76,7 @@ class Cluster:
         return done.stdout
 
     def try_(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=600)
 
     def megalite(self, *words: str) -> str:
         return self.call(sys.executable, "-m", "megalite", *words)
@@ -118,10 +119,10 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
-    def finish(self, job: str, *, state: str = "COMPLETED", seconds: float = 250) -> None:
+    def finish(self, job: str, *, state: str = "COMPLETED") -> None:
         """Wait for a job to end, through requeues."""
         done = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        self.wait(lambda: self.hurry() or self.state(job) in done, f"job {job} to end", seconds=seconds)
+        self.wait(lambda: self.hurry() or self.state(job) in done, f"job {job} to end")
         assert self.state(job) == state, self.told(job)
 
     def hurry(self) -> None:
@@ -132,10 +133,11 @@ class Cluster:
                 self.do("hurry")
                 return
 
-    def wait(self, happened: Callable[[], Any], what: str, *, seconds: float = 200) -> None:
-        until = time.monotonic() + seconds
+    def wait(self, happened: Callable[[], Any], what: str) -> None:
+        """A deadline no healthy machine comes near: beside other tests on two slow cores, a start that takes 10 s alone took 90."""
+        until = time.monotonic() + PATIENCE
         while not happened():
-            assert time.monotonic() < until, f"waited {seconds} s for {what}\n{self.call('squeue', '--long')}\n{self.told()}"
+            assert time.monotonic() < until, f"waited {PATIENCE} s for {what}\n{self.call('squeue', '--long')}\n{self.told()}"
             time.sleep(0.3)
 
     def restarts(self, job: str) -> int:

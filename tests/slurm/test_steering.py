@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from local import Cluster
+from local import PATIENCE, Cluster
 from runs import losses
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
 SLURM = Path(__file__).parents[2] / "slurm"
 OLD_TORCH = """
 import os, sys
@@ -47,7 +47,7 @@ def test_an_array_of_four_rows_gives_a_table_in_which_one_has_failed(cluster: Cl
 def test_layouts_are_measured_as_jobs_of_their_own_and_one_that_cannot_run_is_a_row(cluster: Cluster) -> None:
     flags = {"model.vocab": 64, "mesh.pp": 1, "mesh.tp": 1, "train.global_batch": 4, "train.micro_batch": 1, "deepspeed": "zero2"}
     (cluster.folder / "layouts.yaml").write_text(
-        yaml.safe_dump({"run": "gpt-tiny", "flags": flags, "grid": {"mesh.dp": [4, 3]}, "timeout": 300})
+        yaml.safe_dump({"run": "gpt-tiny", "flags": flags, "grid": {"mesh.dp": [4, 3]}, "timeout": PATIENCE})
     )
     words = ["--steps", "2", "--warm-up", "1", "--slurm", cluster.profile(ranks_per_node=2), "--nodes", "2", "--output", "measured"]
     said = cluster.megalite("bench", "--sweep", "layouts.yaml", *words)
@@ -96,7 +96,7 @@ def test_files_save_raise_the_log_level_and_stop_a_run_that_passed_the_check_of_
     cluster.reach("steered", 1)
     for node in ("node1", "node2"):
         told = json.loads(next(run.glob(f"slurm/{job}-0-1/health-{node}.json")).read_text())
-        assert told["faults"] == [] and told["seconds"] < 60
+        assert told["faults"] == [] and told["seconds"] < PATIENCE
     said = cluster.megalite("jobs", "runs/steered")
     assert re.search(rf"runs/steered +{job} +running +\d+/500 .* on node\[1-2\], .* to its time limit", said), said
     assert "already; scancel" in cluster.refusal("submit", "small.yaml", "--name", "steered", "--slurm.gpus-per-node", "0")
