@@ -41,6 +41,7 @@ PASSED = (  # and those that are handed on as they are
 REFUSED = {  # keys of zero_optimization that change what is computed, or where, in a way that no parity test covers
     "cpu_offload": "is DeepSpeed's old name; write offload_optimizer: {device: cpu}",
     "cpu_offload_param": "is DeepSpeed's old name; write offload_param: {device: cpu}",
+    "enable_sanity_checks": "has all ranks compare the modules they hold, and those of different stages differ; take it out",
     "zenflow": "updates weights with gradients of earlier steps, which no other layout computes; take it out",
     "zero_quantized_nontrainable_weights": "is for weights that are not trained, and here all are; take it out",
 }

@@ -120,7 +120,7 @@ class Engine:
         if gathering is not None and not gathering.all_stay:
             raise UserError(
                 f"train.compile needs the weights of a stage to stay for a step, but of {gathering.num_elements:,} ZeRO-3 may keep "
-                f"{gathering.limit():,}; raise stage3_max_live_parameters and stage3_max_reuse_distance, or do not compile"
+                f"{gathering.limits.live:,}; raise stage3_max_live_parameters and stage3_max_reuse_distance, or do not compile"
             )
         model, like = self.config.model, {"device": self.mesh.device, "dtype": self.dtype}
         q, k = (torch.zeros(1, 1, heads, model.head_width, **like) for heads in (model.heads, model.num_kv_heads))

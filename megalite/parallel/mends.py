@@ -13,9 +13,6 @@ from typing import Any
 
 import deepspeed
 import deepspeed.runtime.zero.linear as zero_linear
-import deepspeed.runtime.zero.partition_parameters as zero_partition
-import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
-import deepspeed.runtime.zero.stage3 as zero_stage3
 import deepspeed.utils.groups as zero_groups
 import torch
 import torch.distributed as dist
@@ -23,7 +20,6 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from megalite.mesh import Mesh
-from megalite.parallel.gather import PRIVATE
 
 
 def start() -> None:
@@ -34,8 +30,6 @@ def start() -> None:
     """
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     add_biases_out_of_place()
-    bound_live_parameters()
-    let_go_of_what_was_gathered()
     accelerator: Any = get_accelerator()
     if accelerator.device_name() == "cpu":
         # 0.19.8 takes "oneDNN has no fast fp16 here" for "torch cannot compute in fp16"; slow will do for proofs and trials
@@ -46,64 +40,6 @@ def start() -> None:
     # ranges for NVIDIA's profiler around every function of ZeRO, thousands in a step
     importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-
-
-def scope_trace_checks(group: dist.ProcessGroup) -> None:
-    """ZeRO-3 checks that every rank of the WORLD walks the same modules; under a pipeline only the ranks of a stage do.
-
-    Unmended (DeepSpeed 0.19.8), the first forward hangs until the collective's timeout.
-    """
-
-    def same_on_this_stage(ints: list[int]) -> None:
-        seen: list[list[int] | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(seen, list(ints), group=group)
-        if any(other != seen[0] for other in seen):
-            raise RuntimeError("the ranks of this stage walk different modules")
-
-    for module in (zero_coordinator, zero_stage3, zero_partition):
-        module.assert_ints_same_as_other_ranks = same_on_this_stage  # type: ignore[attr-defined]
-
-
-def bound_live_parameters() -> None:
-    """Let `stage3_max_live_parameters` bound what stays gathered, and not only what is fetched ahead.
-
-    DeepSpeed 0.19.8 keeps a weight that its prefetcher saw to be needed again, however many it keeps; the trace of a whole step
-    needs each again and again, so all of a stage stayed gathered whatever the limit. Above it, a module now frees its own at once.
-
-    Below it the decision is DeepSpeed's: what is needed again within `stage3_max_reuse_distance` stays. But DeepSpeed reads the trace up to
-    that distance for every module of it, also when nothing is left to decide; the trace of a whole step being long, that was two fifths of
-    a small model's first three steps. Here the reading ends with the last weight that might be freed.
-    """
-    coordinator = zero_coordinator.PartitionedParameterCoordinator
-    decide = getattr(coordinator, f"{PRIVATE}params_to_release")
-    if hasattr(decide, "instead_of"):
-        return
-
-    def bounded(self: Any, module: nn.Module, step_id: int) -> set[int]:
-        own: list[Any] = list(zero_coordinator.iter_params(module))
-        free = {parameter.ds_id: parameter for parameter in own if not parameter.ds_persist}
-        if free and getattr(self, f"{PRIVATE}n_available_params") <= getattr(self, f"{PRIVATE}max_n_available_params"):
-            return set(_not_needed_soon(self, module, step_id))
-        return set(free)
-
-    @functools.cache  # as DeepSpeed's own: the trace does not change
-    def _not_needed_soon(self: Any, module: nn.Module, step_id: int) -> frozenset[int]:
-        fetched, order, distance = (
-            getattr(self, f"{PRIVATE}{name}")
-            for name in ("most_recent_step_id_param_fetched_for", "submodule_order", "max_reuse_dist_in_numel")
-        )
-        own: list[Any] = list(zero_coordinator.iter_params(module))
-        free = {parameter.ds_id for parameter in own if not parameter.ds_persist and fetched[parameter] <= step_id}
-        for at in range(step_id, len(order)):
-            if not free or distance <= 0:
-                break
-            used: list[Any] = list(zero_coordinator.iter_params(order[at]))
-            free -= {parameter.ds_id for parameter in used}
-            distance -= sum(parameter.ds_numel for parameter in used)
-        return frozenset(free)
-
-    bounded.instead_of = decide  # type: ignore[attr-defined]
-    setattr(coordinator, f"{PRIVATE}params_to_release", bounded)
 
 
 def read_architectures_with_letters() -> None:
@@ -163,23 +99,6 @@ def keep_gradients_of_one_rank(optimizer: Any) -> None:
         parameter.grad = None
 
     optimizer.reduce_independent_p_g_buckets_and_remove_grads = torch.no_grad()(add)
-
-
-def let_go_of_what_was_gathered() -> None:
-    """DeepSpeed 0.19.8 gathers several weights into one buffer, copies them out of it when the first is needed, and keeps the buffer until
-    all have been needed: what was fetched ahead was there twice.
-    """
-    handle = zero_partition.AllGatherCoalescedHandle
-    plain = handle.wait
-    if hasattr(plain, "instead_of"):
-        return
-
-    def wait(self: Any, *args: Any, **kwargs: Any) -> None:
-        plain(self, *args, **kwargs)
-        self.partitions = []
-
-    wait.instead_of = plain  # type: ignore[attr-defined]
-    handle.wait = wait  # type: ignore[method-assign]
 
 
 def add_biases_out_of_place() -> None:

@@ -184,7 +184,7 @@ class Pipeline:
 
     def validate(self, microbatches: list[Batch]) -> list[Tensor]:
         """Forward alone."""
-        with torch.no_grad(), self.zero.untraced():
+        with torch.no_grad(), self.zero.aside():
             return self._run(microbatches, train=False)
 
     def _run(self, microbatches: list[Batch], *, train: bool = True) -> list[Tensor]:

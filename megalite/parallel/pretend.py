@@ -123,7 +123,6 @@ def mend() -> None:
     """What else must not look at data, or at other ranks."""
     import deepspeed.runtime.zero.partition_parameters as zero_partition
 
-    agree_with_nobody()
     keep_what_is_sent()
     for move in ("to", "bfloat16", "half", "float"):  # modules are where and what they shall be; swapping fake parameters fails
         setattr(nn.Module, move, lambda self, *_, **__: self)
@@ -140,19 +139,6 @@ def mend() -> None:
     zero_partition._orig_torch_tensor = tensor  # type: ignore[attr-defined]
     FakeTensor.pin_memory = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.Tensor.is_pinned = lambda self, *_, **__: False  # type: ignore[method-assign]
-
-
-def agree_with_nobody() -> None:
-    """The checks that ranks of a stage walk the same modules exchange Python objects: no traffic of training, and nobody is there."""
-    import deepspeed.runtime.zero.partition_parameters as zero_partition
-    import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
-    import deepspeed.runtime.zero.stage3 as zero_stage3
-
-    from megalite.parallel import mends
-
-    for module in (zero_partition, zero_coordinator, zero_stage3):
-        module.assert_ints_same_as_other_ranks = lambda *_, **__: None  # type: ignore[attr-defined]
-    mends.scope_trace_checks = lambda group: None
 
 
 def let_go_when_waited_for() -> None:

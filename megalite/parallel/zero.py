@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.superoffload.superoffload_stage3
 import deepspeed.runtime.zero.muon.muon_optimizer
 import deepspeed.runtime.zero.muon.original_muon
-import deepspeed.runtime.zero.partitioned_param_coordinator as zero_coordinator
 import deepspeed.utils.groups as zero_groups
 import torch
 import torch.distributed as dist
@@ -35,7 +34,7 @@ from megalite.config import suggest
 from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.parallel import gradients, mends
-from megalite.parallel.gather import PRIVATE, Gathering
+from megalite.parallel.gather import Gathering, Limits
 from megalite.parallel.pieces import Flat, Piece, Sharded
 
 
@@ -127,7 +126,6 @@ class _Axes:
 def shard(layer: nn.Module, *, configuration: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> None:
     """Replace the parameters of a layer that was just built by this rank's ZeRO-3 partition of them, in place."""
     group = mesh.group("copies")
-    mends.scope_trace_checks(group)
     deepspeed.zero.Init(
         module=layer,
         data_parallel_group=group,
@@ -160,7 +158,6 @@ class Zero:
         self.mesh, self.zero_stage = mesh, zero_stage
         self.partial = sequence_parallel  # gradients of what tensor-parallel ranks hold as copies come in parts
         group = mesh.group("alone" if zero_stage == 0 else "copies")
-        mends.scope_trace_checks(group)
         self.engine, *_ = deepspeed.initialize(
             model=stage, optimizer=optimizer, mpu=_Axes(mesh, group), config=configuration, dist_init_required=False
         )
@@ -188,11 +185,16 @@ class Zero:
         mends.let_the_host_run_ahead(self.inner)
         self.gathering: Gathering | None = None
         if self.sharded:
-            # DeepSpeed records one trace per root forward; a schedule interleaves forwards and backwards and never repeats it.
-            # The trace is taken over the whole optimizer step instead (see `step`): weights stay gathered between neighbouring
-            # uses and prefetching works.
             self.inner.parameter_offload.fwd_pre_hook.remove()
-            self.gathering = Gathering(stage.in_order(), self.inner.parameter_offload)  # type: ignore[operator]
+            zero: Any = self.engine
+            limits = Limits(min(zero.zero_max_live_parameters(), zero.zero_max_reuse_distance()), zero.zero_prefetch_bucket_size())
+            self.gathering = Gathering(
+                stage.in_order(),  # type: ignore[operator]
+                self.inner.parameter_offload,
+                limits,
+                device=mesh.device,
+                quantized=zero.zero_quantized_weights(),
+            )
             if dist.get_world_size(group) == 1:
                 mends.keep_gradients_of_one_rank(self.inner)
 
@@ -204,7 +206,6 @@ class Zero:
         # forwards first, and a stage of several chunks first reaches some parameters in a later backward, where last step's
         # gradient still lies. Zero, then add; counting backwards, the first one may overwrite the zeros.
         if self.sharded:
-            self._coordinator().reset_step()
             self.inner.grad_partitions_flat_buffer.zero_()
         for buffer in self._host_sums():
             buffer.zero_()
@@ -229,27 +230,9 @@ class Zero:
         """Where DeepSpeed's stages 1 and 2 sum up offloaded gradients, parameter by parameter; they are made in the first step."""
         return list(getattr(self.inner, "accumulated_grads_in_cpu", {}).values())
 
-    @contextmanager
-    def untraced(self) -> Iterator[None]:
-        """Around forwards that are no training step (validation): the recorded trace is put aside and is whole afterwards."""
-        if self.gathering is None:
-            yield
-            return
-        coordinator = self._coordinator()
-        coordinator.reset_step()  # ends the recording of the step before, if there was one
-        kept = {name: getattr(coordinator, PRIVATE + name) for name in ("trace_mode", "submodule_order", "param_order")}
-        setattr(coordinator, PRIVATE + "trace_mode", zero_coordinator.ZeRoTraceMode.INVALID)
-        coordinator._clear_trace_structures()
-        try:
-            yield
-        finally:
-            for name, value in kept.items():
-                setattr(coordinator, PRIVATE + name, value)
-            self.gathering.there.clear()
-            self.inner.parameter_offload.partition_all_parameters()
-
-    def _coordinator(self) -> Any:
-        return self.inner.parameter_offload.get_param_coordinator()
+    def aside(self) -> AbstractContextManager[None]:
+        """Around forwards that are no training step (validation)."""
+        return self.gathering.aside() if self.gathering else nullcontext()
 
     def update(self, *, lr: float, clip: float) -> float:
         """Finish the reduction, clip to `clip` (0: not at all), take one AdamW step; returns the gradient norm of the whole mesh."""

@@ -88,11 +88,11 @@ def expected(config: Config, stage: int, parameters: list[int], whole: list[int]
     if stage == 3:
         sent["reduce-scatter"] += gradient
         # from once a step, where all weights stay live, to once in a forward, a repeated forward and a backward pass each; a weight tied
-        # between two layers of one stage is needed by both
-        passes, twice = 2 if config.train.recompute == "none" else 3, 0.0
-        if config.model.tied and config.mesh.pp == 1:
-            twice = share * _copies(config) * (config.model.vocab or 0) * config.model.width * width
-        most["all-gather"] = sent["all-gather"] + passes * _microbatches(config) * (weights + twice)
+        # between two layers of one stage is needed by both, an embedding by its forward pass alone
+        passes = 2 if config.train.recompute == "none" else 3
+        embedding = share * _copies(config) * (config.model.vocab or 0) * config.model.width * width
+        twice = embedding * (config.model.tied and config.mesh.pp == 1)
+        most["all-gather"] = sent["all-gather"] + _microbatches(config) * (passes * (weights + twice) - (passes - 1) * embedding)
         sent["all-gather"] += weights
     else:  # reduced; from stage 1 on each rank updates its part, and the new weights are gathered
         sent["all-reduce"] += 2 * gradient

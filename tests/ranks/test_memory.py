@@ -125,65 +125,6 @@ def test_only_microbatches_in_flight_have_receive_buffers() -> None:
     assert (first, last) == (1, 8)
 
 
-LIMIT = 3000
-
-
-def _most_live(rank: int, *, limit: int) -> tuple[int, int, int]:
-    """Gathered elements at their highest over two steps, those of the largest module, and those of the stage."""
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
-
-    from megalite.tune.parity import batch_of, microbatches, start_engine
-
-    config = Config.model_validate(
-        {
-            "model": {"layers": 6, "width": 32, "heads": 2, "vocab": 50, "sequence": 16},
-            "mesh": {"dp": 2, "pp": 2},
-            "train": {"global_batch": 16, "micro_batch": 2, "precision": "fp32"},
-        }
-    )
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": limit, "stage3_max_reuse_distance": 10**9}
-    engine, most, fetch = start_engine(config, {"zero_optimization": zero}), 0, Coordinator.fetch_sub_module
-
-    def count(coordinator: Coordinator, *args: object, **kwargs: object) -> object:
-        nonlocal most
-        found = fetch(coordinator, *args, **kwargs)
-        most = max(most, coordinator._PartitionedParameterCoordinator__n_available_params)  # type: ignore[attr-defined]
-        return found
-
-    Coordinator.fetch_sub_module = count  # type: ignore[method-assign]
-    for step in range(3):
-        engine.step(step, microbatches(batch_of(config, step), config, dp=2, dp_rank=engine.mesh.dp_rank))
-    module = engine.zero.engine.module
-    largest = max(sum(p.ds_numel for p in part.parameters(recurse=False)) for part in module.modules())
-    return most, largest, sum(p.ds_numel for p in module.parameters())
-
-
-def test_gathered_weights_stay_below_the_limit_over_a_whole_step() -> None:
-    for most, largest, whole in launch.run_ranks(4, functools.partial(_most_live, limit=LIMIT), warm=("megalite.engine",)):
-        assert most <= LIMIT + largest < whole / 3
-
-
-def _without(rank: int, *, mend: str) -> tuple[int, int, int]:
-    from unittest.mock import MagicMock
-
-    from megalite.parallel import mends, zero
-
-    setattr(mends if hasattr(mends, mend) else zero, mend, MagicMock())
-    return _most_live(rank, limit=LIMIT)
-
-
-@pytest.mark.parametrize("mend", ["bound_live_parameters", "Gathering"])
-def test_deepspeed_alone_lets_the_limit_be_passed(mend: str) -> None:
-    """If this fails, the mend of that name in parallel/mends.py, or the hooks of parallel/gather.py, are no longer needed."""
-    ranks = launch.run_ranks(4, functools.partial(_without, mend=mend), warm=("megalite.engine",))
-    assert max(most / whole for most, _, whole in ranks) > 0.5
-
-
-def test_without_a_limit_all_weights_of_a_stage_stay_gathered() -> None:
-    for most, _, whole in launch.run_ranks(4, functools.partial(_most_live, limit=10**9), warm=("megalite.engine",)):
-        assert most == whole
-
-
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     build = functools.partial(_build, config=_config(**asked["mesh"]), stage=asked["stage"])

@@ -68,8 +68,9 @@ def keep_the_gradients_of_the_step_before() -> None:
 
     @contextmanager
     def step(self: Any) -> Iterator[None]:
-        self._coordinator().reset_step()
         yield
+        if self.gathering:
+            self.gathering.end_step()
 
     Zero.step = step  # type: ignore[method-assign]
 
@@ -212,7 +213,8 @@ def test_weights_that_never_stay_are_gathered_as_often_as_the_textbook_allows() 
     document = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}}
     answers = on_mesh(small, document, steps=STEPS)
     _, most = expected(small, 3, [answer.parameters for answer in answers], [answer.whole for answer in answers])["all-gather"]
-    assert sum(answer.sent["all-gather"] for answer in answers) == pytest.approx(most, rel=0.05)
+    head = 4 * (small.model.vocab or 0) * small.model.width * 2  # in bf16, to and from half of it; it goes back right after it went forward
+    assert sum(answer.sent["all-gather"] for answer in answers) == pytest.approx(most - head, rel=0.05)
 
 
 @pytest.mark.parametrize("dp", [1, pytest.param(2, marks=pytest.mark.slow), 4])
