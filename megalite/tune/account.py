@@ -59,10 +59,10 @@ class _Account(Sizes):
             alive.blocks * self.kept + (alive.units - top) * self.hidden + (alive.heads - top) * self.head + self.received
         )
         if turn:
-            found["gathered"] = self.in_turn
+            found["gathered"] = self.gathered(alive, turn=True)
             found["gradients"] = found["gradients"] + self.sums(alive.summed, alive.ended)
             return found
-        found["gathered"] = self.fetched
+        found["gathered"] = self.gathered(alive, closing=closing)
         found["buckets"] = self.with_buckets
         ended = np.maximum(alive.ended, np.maximum(alive.top, alive.bottom) if closing else alive.top * self.large)
         found["gradients"] = found["gradients"] + self.sums(alive.summed, ended) + self.waiting

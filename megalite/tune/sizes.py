@@ -7,6 +7,8 @@ of it is there when.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from megalite.tune.kept import SELECTIVE, block_kept, parameters
@@ -16,6 +18,7 @@ from megalite.tune.shape import Number, Shape, ceil
 from megalite.tune.splits import INTERLEAVED, Alive, Split
 
 Parts = dict[str, Array]
+NEAR = 1e-3  # of a block, where numbers of elements are compared: norms and biases are in blocks and in no matrix
 
 
 class Sizes:
@@ -30,7 +33,7 @@ class Sizes:
         self._keep(layouts.tp)
         self._pass(turn)
         self.always = self._always(runtime)
-        self.fetched, self.in_turn = self._fetch()
+        self._choose()
         self._reduce()
         self._halve()
 
@@ -99,31 +102,52 @@ class Sizes:
             "batch": batch + 0.0 * self.own,
         }
 
-    def _fetch(self) -> tuple[Array, Array]:
-        """Bytes of weights that ZeRO-3 holds beside its shard, in general and at the turn: all, where that many may stay
-        (parallel/gather.py), and else as many as may: what is not kept, for it is needed again soon, is fetched ahead. The matrix at work
-        is there whatever the limit.
-        """
-        live, head = self.layouts.live, self.split.head * self.words
-        stay = self.every <= live
-        around = np.where(stay, self.every, self._reach(live, np.where(head <= live, head, 0.0)) * (self.matrices[0] <= live))
-        turn = np.where(stay | (head <= live), around, 0.0)
+    def _choose(self) -> None:
+        """Elements that ZeRO-3 keeps for a whole step, and how many it fetches ahead of their use: parallel/gather.py, `choose`."""
+        live, split = self.layouts.live.astype(float), self.split
+        self.stay = self.every <= live
+        head = self.alone * split.head * self.words  # tied to an embedding that is there too, it comes first and not last
+        least = np.maximum(split.embed * self.words, self.largest)
+        room = live - self.bucket - least
+        none = (room < head) | (live < self.bucket + np.maximum(least, head))
+        self.lasting = np.where(none, 0.0, self.fill(head, room)[0])
+        self.ahead = np.where(none, np.maximum(np.minimum(self.bucket, live - np.maximum(least, head)), 0.0), self.bucket)
         moved = (self.stage == 3) & ((self.shards > 1) | (self.offload == 2))  # one rank has them whole, unless the host has
-        streams, bytes_each = moved & ~stay, self.width * moved
+        self.gathers = self.width * moved
         # DeepSpeed's own linear, where weights come and go, is computed again to its end, which fetches a weight and frees a product
-        self.computed = self.again + np.where(streams & self.selective, self.width * self.largest - self.hidden, 0.0)
-        return bytes_each * np.maximum(around + self.largest * ~stay, self.largest), bytes_each * np.maximum(turn, head)
+        self.computed = self.again + np.where(moved & ~self.stay & self.selective, self.width * self.largest - self.hidden, 0.0)
 
-    def _reach(self, elements: Array, head: Array) -> Array:
-        """The fewest elements, of whole matrices from a rank's last one on, that are so many."""
-        rest = np.maximum(elements - head, 0.0)
-        blocks = np.floor(rest / self.block)
-        rest = rest - blocks * self.block
-        part, before = np.zeros_like(rest), 0.0
+    def gathered(self, alive: Alive, *, turn: bool = False, closing: bool = False) -> Array:
+        """Bytes of weights that ZeRO-3 holds beside its shard: what lasts, what is at work, and what comes next on the way back."""
+        head = self.alone * self.split.head * self.words * (self.lasting > 0)
+        behind = np.maximum(self.lasting - head - alive.behind * self.block, 0.0)  # of it, in the chunk that goes back, and before
+        part, there, before = behind - np.floor(behind / self.block + NEAR) * self.block, [], 0.0
         for matrix in self.matrices:
-            part = part + np.where(rest > before, matrix, 0.0)
             before = before + matrix
-        return np.minimum(head + blocks * self.block + part, self.every)
+            there.append(part > before - NEAR * self.block)
+        working: Any = 0.0
+        if turn:
+            working = np.where(head > 0, 0.0, self.words) * alive.top
+        elif not closing:
+            working = np.where(behind < self.matrices[0], self.matrices[0], 0.0)
+            there[0] = there[0] | (working > 0)
+        # back through a block, or with recomputation to its last matrix, and forward through the others before that one is at work
+        again = self.layouts.recompute > 0
+        order = [(np.where(again, self.matrices[k], self.matrices[j]), np.where(again, there[k], there[j])) for j, k in enumerate((0, 3, 2, 1))]
+        run, more = np.zeros_like(behind), np.ones_like(behind, bool)
+        for matrix, known in order:
+            size = np.where(known, 0.0, matrix)
+            more = more & (run + size <= self.ahead)
+            run = run + size * more
+        run = run + np.floor((self.ahead - run) / self.block) * self.block * more
+        for matrix, _ in order[:3]:
+            more = more & (run + matrix <= self.ahead)
+            run = run + matrix * more
+        run = np.minimum(run, self.split.blocks * self.block + head - self.lasting - (0.0 if turn else working))
+        if closing:  # the embedding is next, if a forward pass is, or nothing
+            next_is_embedding = (alive.summed > 0) & (alive.bottom > 0) & (self.words > self.ahead)
+            run = np.where(next_is_embedding | (self.layouts.microbatches * self.layouts.chunks == 1), 0.0, run)
+        return self.gathers * np.where(self.stay, self.every, self.lasting + working + run)
 
     def fill(self, first: Array, elements: Array) -> tuple[Array, Array, list[Array]]:
         """Whole blocks and whole matrices of the next one that come before so many elements are exceeded, and the elements they are."""

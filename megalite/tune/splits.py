@@ -50,6 +50,7 @@ class Alive:
     units: Array  # chunks, once a microbatch
     heads: Array  # those of them with the head
     chunk: Array  # blocks of the one that goes back
+    behind: Array  # blocks of the chunks behind that one
     top: Array  # it has the head
     bottom: Array  # it has the embedding
     summed: Array  # blocks have been back before in this step
@@ -93,7 +94,7 @@ def flying(layouts: Layouts, split: Split) -> dict[str, Alive]:
     later = held - (m > 1) * (1 - more)
     nothing = np.zeros_like(split.blocks)
     first, second = (
-        np.stack([num * split.blocks, num + nothing, num * split.head, split.blocks, split.head, split.embed, summed, summed])
+        np.stack([num * split.blocks, num + nothing, num * split.head, split.blocks, nothing, split.head, split.embed, summed, summed])
         for num, summed in ((held, more + nothing), (later, (m > 1) + nothing))
     )
     if not chunked.any():
@@ -150,7 +151,8 @@ def _unit_by_unit(sizes: tuple[int, ...], embed: bool, head: bool, behind: int, 
     top, bottom = (going == v - 1) * head, (going == 0) * embed
     blocks, units, heads = alive(size[chunk], size[going]), started - turns, alive((chunk == v - 1) * head, top)
     summed, ended = (np.concatenate([[False], np.logical_or.accumulate(each)[:-1]]) for each in (size[going] > 0, (top + bottom) > 0))
-    fields = np.stack([blocks, units, heads, size[going], top, bottom, summed, ended]).astype(float)
+    behind = size[::-1].cumsum()[::-1] - size
+    fields = np.stack([blocks, units, heads, size[going], behind[going], top, bottom, summed, ended]).astype(float)
     rank = (blocks * (total + 1) + units) * 4 + 2 * summed + ended
 
     def fullest(there: Array) -> int:
