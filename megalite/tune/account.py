@@ -29,7 +29,7 @@ from megalite.tune.splits import Alive, Split, flying
 def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Iterator[tuple[str, Parts]]:
     """Each moment's name and its bytes by part."""
     alive = flying(layouts, split)
-    account = _Account(shape, layouts, split, runtime, alive["turn"])
+    account = _Account(shape, layouts, split, runtime, alive)
     yield "start-up", {**account.always, "batch": np.zeros_like(account.own)}
     yield from (("turn", account.turn(alive[state])) for state in ("turn", "turned"))
     yield from (("deep", account.deep(alive[state])) for state in ("deep", "next"))
@@ -56,13 +56,13 @@ class _Account(Sizes):
         found = dict(self.always)
         top: Any = 0.0 if turn else alive.top  # the head has gone back
         found["activations"] = (
-            alive.blocks * self.kept + (alive.units - top) * self.hidden + (alive.heads - top) * self.head + self.received
+            alive.blocks * self.kept + (alive.units + alive.waiting - top) * self.hidden + (alive.heads - top) * self.head
         )
         if turn:
-            found["gathered"] = self.gathered(alive, turn=True)
+            found["gathered"] = self.at_turn
             found["gradients"] = found["gradients"] + self.sums(alive.summed, alive.ended)
             return found
-        found["gathered"] = self.gathered(alive, closing=closing)
+        found["gathered"] = self.at_end if closing else self.at_deep
         found["buckets"] = self.with_buckets
         ended = np.maximum(alive.ended, np.maximum(alive.top, alive.bottom) if closing else alive.top * self.large)
         found["gradients"] = found["gradients"] + self.sums(alive.summed, ended) + self.waiting

@@ -22,20 +22,23 @@ NEAR = 1e-3  # of a block, where numbers of elements are compared: norms and bia
 
 
 class Sizes:
-    """Of every kind of rank of every layout; bytes where they are not called elements. `turn` is the fullest moment with the head."""
+    """Of every kind of rank of every layout; bytes where they are not called elements."""
 
-    def __init__(self, shape: Shape, layouts: Layouts, split: Split, runtime: Runtime, turn: Alive) -> None:
+    def __init__(self, shape: Shape, layouts: Layouts, split: Split, runtime: Runtime, alive: dict[str, Alive]) -> None:
         self.shape, self.layouts, self.split, self.width = shape, layouts, split, runtime.width
         self.stage, self.offload, self.shards = layouts.stage, layouts.offload, layouts.shards.astype(float)
         self.selective = layouts.recompute == SELECTIVE
         self._weigh(layouts.tp)
         self.kept, self.again = block_kept(shape, layouts, runtime)
         self._keep(layouts.tp)
-        self._pass(turn)
+        self._pass(alive["turn"])
         self.always = self._always(runtime)
         self._choose()
         self._reduce()
         self._halve()
+        self.at_turn, self.at_deep, self.at_end = (
+            self.gathered(alive[name], turn=name == "turn", closing=name == "end") for name in ("turn", "deep", "end")
+        )
 
     def _weigh(self, t: Array) -> None:
         """Elements of weights."""
@@ -69,11 +72,9 @@ class Sizes:
         layouts, split, w = self.layouts, self.split, self.width
         t, pipeline = layouts.tp, layouts.pp > 1
         more = pipeline & (turn.units < (layouts.microbatches * layouts.chunks))  # gradients have come before
-        # a gradient on its way, or at the end of a pipeline the next microbatch, unless all are there
-        self.received = np.where(more | (split.head == 0), self.hidden, 0.0)
         sending = pipeline & (layouts.schedule == 0) & (t > 1) & (layouts.microbatches > 1) & (split.head > 0)
         self.sent = np.where(sending, self.hidden, 0.0)  # the gradient before, still
-        twice = more & (split.head == 0) & ((layouts.schedule != INTERLEAVED) | (split.embed == 0))  # an output is still being sent
+        twice = more & (split.head == 0) & (layouts.schedule != INTERLEAVED)  # an output is still being sent
         gathered = np.where(self.cut, self.whole, 0.0)  # the gradient of a sum that was scattered, until its product has gone back
         self.sending = np.where(twice, self.hidden, 0.0)
         self.coming = self.sending + self.hidden
@@ -106,7 +107,12 @@ class Sizes:
         """Elements that ZeRO-3 keeps for a whole step, and how many it fetches ahead of their use: parallel/gather.py, `choose`."""
         live, split = self.layouts.live.astype(float), self.split
         self.stay = self.every <= live
-        head = self.alone * split.head * self.words  # tied to an embedding that is there too, it comes first and not last
+        self.own_head = head = self.alone * split.head * self.words  # tied to an embedding that is there too, it comes first and not last
+        self.up_to = np.cumsum([np.broadcast_to(matrix, self.words.shape) for matrix in self.matrices], axis=0, dtype=np.float32)
+        down, up, out, columns = self.matrices
+        again = self.layouts.recompute > 0
+        self.in_order = [down, np.where(again, columns, up), out, np.where(again, up, columns)]
+        self.all_blocks = split.blocks * self.block
         least = np.maximum(split.embed * self.words, self.largest)
         room = live - self.bucket - least
         none = (room < head) | (live < self.bucket + np.maximum(least, head))
@@ -119,34 +125,31 @@ class Sizes:
 
     def gathered(self, alive: Alive, *, turn: bool = False, closing: bool = False) -> Array:
         """Bytes of weights that ZeRO-3 holds beside its shard: what lasts, what is at work, and what comes next on the way back."""
-        head = self.alone * self.split.head * self.words * (self.lasting > 0)
-        behind = np.maximum(self.lasting - head - alive.behind * self.block, 0.0)  # of it, in the chunk that goes back, and before
-        part, there, before = behind - np.floor(behind / self.block + NEAR) * self.block, [], 0.0
-        for matrix in self.matrices:
-            before = before + matrix
-            there.append(part > before - NEAR * self.block)
+        head = self.own_head * (self.lasting > 0)
+        lasting = np.maximum(self.lasting - head - alive.behind * self.block, 0.0)  # of the chunk that goes back, and of those before it
+        part = lasting - np.floor(lasting / self.block + NEAR) * self.block
+        there = [part > self.block * -NEAR + before for before in self.up_to]
         working: Any = 0.0
         if turn:
-            working = np.where(head > 0, 0.0, self.words) * alive.top
+            working = (head == 0) * self.words * alive.top
         elif not closing:
-            working = np.where(behind < self.matrices[0], self.matrices[0], 0.0)
+            working = (lasting < self.matrices[0]) * self.matrices[0]
             there[0] = there[0] | (working > 0)
-        # back through a block, or with recomputation to its last matrix, and forward through the others before that one is at work
-        again = self.layouts.recompute > 0
-        order = [(np.where(again, self.matrices[k], self.matrices[j]), np.where(again, there[k], there[j])) for j, k in enumerate((0, 3, 2, 1))]
-        run, more = np.zeros_like(behind), np.ones_like(behind, bool)
-        for matrix, known in order:
-            size = np.where(known, 0.0, matrix)
+        # the rest of its block; blocks before it; a part of one. Back, or where it is computed again forward to its last matrix
+        run, more = np.zeros_like(lasting), np.ones_like(lasting, bool)
+        for number, (matrix, other) in enumerate(zip(self.in_order, (0, 3, 2, 1), strict=True)):
+            known = there[number] if number in (0, 2) else np.where(self.layouts.recompute > 0, there[other], there[number])
+            size = matrix * ~known
             more = more & (run + size <= self.ahead)
             run = run + size * more
         run = run + np.floor((self.ahead - run) / self.block) * self.block * more
-        for matrix, _ in order[:3]:
+        for matrix in self.in_order[:3]:
             more = more & (run + matrix <= self.ahead)
             run = run + matrix * more
-        run = np.minimum(run, self.split.blocks * self.block + head - self.lasting - (0.0 if turn else working))
+        run = np.minimum(run, self.all_blocks + head - self.lasting - (0.0 if turn else working))
         if closing:  # the embedding is next, if a forward pass is, or nothing
             next_is_embedding = (alive.summed > 0) & (alive.bottom > 0) & (self.words > self.ahead)
-            run = np.where(next_is_embedding | (self.layouts.microbatches * self.layouts.chunks == 1), 0.0, run)
+            run = run * ~(next_is_embedding | (self.layouts.microbatches * self.layouts.chunks == 1))
         return self.gathers * np.where(self.stay, self.every, self.lasting + working + run)
 
     def fill(self, first: Array, elements: Array) -> tuple[Array, Array, list[Array]]:
@@ -195,7 +198,7 @@ class Sizes:
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray) and value.dtype == float:
                 setattr(self, name, value.astype(np.float32))
-        self.matrices = [matrix.astype(np.float32) for matrix in self.matrices]
+        self.matrices, self.in_order = ([matrix.astype(np.float32) for matrix in each] for each in (self.matrices, self.in_order))
         self.always = {name: size.astype(np.float32) for name, size in self.always.items()}
 
 

@@ -53,6 +53,7 @@ class Alive:
     behind: Array  # blocks of the chunks behind that one
     top: Array  # it has the head
     bottom: Array  # it has the embedding
+    waiting: Array  # hidden states that were received: its gradient, and inputs and gradients of others that came early
     summed: Array  # blocks have been back before in this step
     ended: Array  # so have the embedding or the head of the rank
 
@@ -93,8 +94,11 @@ def flying(layouts: Layouts, split: Split) -> dict[str, Alive]:
     more = 1.0 * (m > held)  # then gradients have been summed when a rank is fullest
     later = held - (m > 1) * (1 - more)
     nothing = np.zeros_like(split.blocks)
+    waiting = np.maximum(more, 1 - split.head)  # at the end of a pipeline, where there is no gradient, the next microbatch
     first, second = (
-        np.stack([num * split.blocks, num + nothing, num * split.head, split.blocks, nothing, split.head, split.embed, summed, summed])
+        np.stack(
+            [num * split.blocks, num + nothing, num * split.head, split.blocks, nothing, split.head, split.embed, waiting, summed, summed]
+        )
         for num, summed in ((held, more + nothing), (later, (m > 1) + nothing))
     )
     if not chunked.any():
@@ -129,31 +133,38 @@ def _followed(split: Split, row: int, pp: int, group: int, rounds: int) -> Array
     """(states, fields, kinds)"""
     chunks, ends = split.chunks[split.pipeline[row]], zip(split.embed[:, row], split.head[:, row], split.place[:, row], strict=True)
     ranks = [
-        _unit_by_unit(sizes, bool(embed), bool(head), int(pp - place), group, rounds)
+        _unit_by_unit(sizes, bool(embed), bool(head), pp, int(place), group, rounds)
         for sizes, (embed, head, place) in zip(chunks, ends, strict=True)
     ]
     return np.array(ranks).transpose(1, 2, 0)
 
 
 @functools.lru_cache(maxsize=65536)
-def _unit_by_unit(sizes: tuple[int, ...], embed: bool, head: bool, behind: int, group: int, rounds: int) -> tuple[Any, ...]:
-    """The states of a rank with chunks of so many blocks, `behind` - 1 ranks after it, and `group` microbatches a round; no rounds: all
-    microbatches go forward through all chunks first (looped)."""
+def _unit_by_unit(sizes: tuple[int, ...], embed: bool, head: bool, pp: int, place: int, group: int, rounds: int) -> tuple[Any, ...]:
+    """The states of a rank with chunks of so many blocks, and `group` microbatches a round; no rounds: all microbatches go forward through
+    all chunks first (looped)."""
     v, total = len(sizes), group * max(rounds, 1) * len(sizes)
     turns, size = np.arange(total), np.asarray(sizes)
     chunk = turns // group % v  # of each forward
     going = v - 1 - chunk  # of each backward
-    started = np.minimum((v - 1) * group + 2 * (behind - 1) + 1 + turns, total) if rounds else np.full(total, total)
+    started = np.minimum((v - 1) * group + 2 * (pp - place - 1) + 1 + turns, total) if rounds else np.full(total, total)
 
     def alive(forward: Array, backward: Array) -> Array:
-        return np.concatenate([[0], np.cumsum(forward)])[started] - np.concatenate([[0], np.cumsum(backward)])[:-1]
+        return _sums(forward)[started] - _sums(backward)[:-1]
 
     top, bottom = (going == v - 1) * head, (going == 0) * embed
     blocks, units, heads = alive(size[chunk], size[going]), started - turns, alive((chunk == v - 1) * head, top)
     summed, ended = (np.concatenate([[False], np.logical_or.accumulate(each)[:-1]]) for each in (size[going] > 0, (top + bottom) > 0))
+    waiting = np.full(total, 1 - head)
+    if rounds:
+        inputs, grads = _early(v, pp, place, group, total)
+        ahead = _sums(1 - (chunk == 0) * embed)
+        waiting = ahead[np.minimum(started + inputs, total)] - ahead[started]
+        ahead = _sums(1 - top)
+        waiting = waiting + ahead[np.minimum(turns + grads, total)] - ahead[turns]
     behind = size[::-1].cumsum()[::-1] - size
-    fields = np.stack([blocks, units, heads, size[going], behind[going], top, bottom, summed, ended]).astype(float)
-    rank = (blocks * (total + 1) + units) * 4 + 2 * summed + ended
+    fields = np.stack([blocks, units, heads, size[going], behind[going], top, bottom, waiting, summed, ended]).astype(float)
+    rank = (blocks * 2 * (total + 1) + units + waiting) * 4 + 2 * summed + ended
 
     def fullest(there: Array) -> int:
         return int(np.where(there, rank, -1).argmax())
@@ -163,6 +174,25 @@ def _unit_by_unit(sizes: tuple[int, ...], embed: bool, head: bool, behind: int, 
         found += [fullest(there), fullest(there & again) if (there & again).any() else fullest(there)]
     alone = head and not size[-1]
     return tuple(map(tuple, fields[:, [*found, found[0] if alone else fullest(going == 0)]].T.tolist()))
+
+
+def _sums(each: Array) -> Array:
+    return np.concatenate([[0], np.cumsum(each)])
+
+
+def _early(v: int, pp: int, place: int, group: int, total: int) -> tuple[int, int]:
+    """Of how many of its next forwards a rank has received the inputs when it goes back, and of how many backwards, this one included, the
+    gradients. torch 2.13's interleaved schedule moves in time steps, and what a neighbour sends is received in the step it was computed in.
+    """
+
+    def begun(place: int) -> int:
+        """The step from which a rank takes turns."""
+        return max(v * pp + 2 * (pp - 1 - place), place + min((v - 1) * group + 2 * (pp - 1 - place), total))
+
+    apart = begun(0) - begun(pp - 1)  # around the corner, from the last rank to the first and back, things come a round earlier
+    inputs = apart // 2 + group - 2 * (pp - 1) if place == 0 else 1
+    grads = 1 + (2 * group - 1 - apart) // 2 if place == pp - 1 else 1
+    return max(inputs, 0), max(grads, 0)
 
 
 def _threshold_costs(shape: Shape) -> tuple[Array, Array]:

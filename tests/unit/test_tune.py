@@ -8,8 +8,10 @@ import random
 import subprocess
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,23 +65,31 @@ def test_stages_are_those_that_the_engine_builds(name: str) -> None:
 
 
 def _walk(sizes: tuple[int, ...], *, place: int, pp: int, num: int, looped: bool) -> list[tuple[float, ...]]:
-    """What torch's own order of forwards and backwards holds of a rank's chunks of so many blocks: blocks, chunks, and whether blocks have
-    been back, when it is the most that goes back through the last chunk, through any with blocks, and through the first.
+    """What torch's own order of forwards and backwards holds of a rank's chunks of so many blocks: blocks, chunks with what was received
+    early, and whether blocks have been back, when it is the most that goes back through the last chunk, through any with blocks, and
+    through the first.
     """
-    rounds = 1 if looped else max(1, num // pp)
+    rounds, last = 1 if looped else max(1, num // pp), len(sizes) * pp - 1
     of_a_schedule = {"n_local_stages": len(sizes), "_stages": sizes, "pp_group_size": pp, "microbatches_per_round": num // rounds}
     schedule = SimpleNamespace(**of_a_schedule, _n_microbatches=num)
     order = ScheduleLoopedBFS if looped else ScheduleInterleaved1F1B
-    blocks, chunks, summed, most = 0, 0, False, [(0, 0, False)] * 3
     # a schedule itself needs stages and ranks; its order needs these numbers
-    for action in filter(None, order._calculate_single_rank_operations(schedule, place)):  # type: ignore[arg-type]
-        chunk = action.stage_index // pp
-        if action.computation_type.name == "FORWARD":
-            blocks, chunks = blocks + sizes[chunk], chunks + 1
-            continue
-        for number, there in enumerate((chunk == len(sizes) - 1, sizes[chunk] > 0, chunk == 0)):
-            most[number] = max(most[number], (blocks, chunks, summed)) if there else most[number]
-        blocks, chunks, summed = blocks - sizes[chunk], chunks - 1, summed or sizes[chunk] > 0
+    orders: list[Any] = [order._calculate_single_rank_operations(schedule, rank) for rank in range(pp)]  # type: ignore[arg-type]
+    blocks, chunks, summed, most, early = 0, 0, False, [(0, 0, False)] * 3, set()
+    for mine, before, after in zip_longest(*(orders[rank % pp] for rank in (place, place - 1, place + 1))):
+        if mine and mine.computation_type.name == "FORWARD":
+            blocks, chunks = blocks + sizes[mine.stage_index // pp], chunks + 1
+            early.discard((mine.stage_index, mine.microbatch_index, True))
+        elif mine:
+            chunk = mine.stage_index // pp
+            held = chunks + (len(early) if not looped else place < pp - 1)
+            for number, there in enumerate((chunk == len(sizes) - 1, sizes[chunk] > 0, chunk == 0)):
+                most[number] = max(most[number], (blocks, held, summed)) if there else most[number]
+            blocks, chunks, summed = blocks - sizes[chunk], chunks - 1, summed or sizes[chunk] > 0
+            early.discard((mine.stage_index, mine.microbatch_index, False))
+        for sent, forward, step in ((before, True, 1), (after, False, -1)):  # by neighbours, in the same time step
+            if sent and (sent.computation_type.name == "FORWARD") == forward and 0 <= sent.stage_index + step <= last:
+                early.add((sent.stage_index + step, sent.microbatch_index, forward))
     return [(float(blocks), float(chunks), float(summed)) for blocks, chunks, summed in most]
 
 
@@ -95,12 +105,12 @@ def test_what_is_in_flight_is_what_torchs_schedule_holds(looped: bool) -> None:
             continue
         sizes, place = (*(draw.randrange(0, 4) for _ in range(v - 1)), draw.randrange(0, 2)), draw.randrange(pp)
         group, followed = (num, 0) if looped else (num // rounds, min(rounds, splits.ROUNDS))
-        turn, _, deep, _, end = splits._unit_by_unit(sizes, place == 0, place == pp - 1, pp - place, group, followed)
+        turn, _, deep, _, end = splits._unit_by_unit(sizes, place == 0, place == pp - 1, pp, place, group, followed)
         walked = _walk(sizes, place=place, pp=pp, num=num, looped=looped)
         alone = place == pp - 1 and not sizes[-1]  # a head
-        assert [(state[0], state[1], state[6]) for state in (turn, end)] == [walked[0], walked[0 if alone else 2]]
+        assert [(state[0], state[1] + state[7], state[8]) for state in (turn, end)] == [walked[0], walked[0 if alone else 2]]
         if any(sizes):
-            assert (deep[0], deep[1], deep[6]) == walked[1]
+            assert (deep[0], deep[1] + deep[7], deep[8]) == walked[1]
 
 
 def test_a_layout_is_legal_where_the_run_would_be_accepted() -> None:
