@@ -10,6 +10,7 @@ breadth first: Lamy-Poirier 2022, arXiv:2211.05953.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -67,10 +68,16 @@ class _Stage(PipelineStage):
             self._drop(self.args_recv_info[bwd_chunk_id])
             self._drop(self.grad_recv_info[bwd_chunk_id])
 
-    def _post_metadata_inference_cleanup(self) -> None:
-        super()._post_metadata_inference_cleanup()
-        for received in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
-            self._drop(received)
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        super()._setup_forward_recv_info(1, has_backward)
+        self._drop(self.args_recv_info[0])
+        for number in range(1, num_microbatches):
+            self.args_recv_info[number] = tuple(copy.copy(info) for info in self.args_recv_info[0])
+
+    def _create_grad_recv_info(self, act_send_info: Any) -> Any:
+        found = super()._create_grad_recv_info(act_send_info)
+        self._drop(found)
+        return found
 
     def _fill(self, received: Any) -> None:
         for info in received:

@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +91,9 @@ def test_building_holds_one_layer_beside_the_shard(mesh: dict[str, int], stage: 
 
 
 def _most_buffers(rank: int, *, schedule: str) -> int:
-    """The largest number of receive buffers at any forward or backward of a step of 8 microbatches on 2 stages."""
+    """The largest number of receive buffers at any forward or backward of a step of 8 microbatches on 2 stages, and while it is set up."""
+    import torch.distributed.pipelining.stage as torch_stage
+
     from megalite.parallel.pipeline import _Stage
     from megalite.tune.parity import batch_of, microbatches, start_engine
 
@@ -100,7 +104,16 @@ def _most_buffers(rank: int, *, schedule: str) -> int:
             "train": {"global_batch": 8, "micro_batch": 1, "precision": "fp32", "schedule": schedule},
         }
     )
-    engine, most = start_engine(config, {}), 0
+    engine, most, made, make = start_engine(config, {}), 0, [], torch_stage._make_tensor_from_meta
+
+    def watch(*args: Any) -> torch.Tensor:
+        nonlocal most
+        tensor = make(*args)
+        made.append(weakref.ref(tensor))
+        most = max(most, sum(ref() is not None for ref in made))
+        return tensor
+
+    torch_stage._make_tensor_from_meta = watch
     backward = _Stage.backward_maybe_with_nosync
 
     def count(stage: _Stage, *args: object, **kwargs: object) -> object:
