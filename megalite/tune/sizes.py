@@ -120,8 +120,9 @@ class Sizes:
         self.ahead = np.where(none, np.maximum(np.minimum(self.bucket, live - np.maximum(least, head)), 0.0), self.bucket)
         moved = (self.stage == 3) & ((self.shards > 1) | (self.offload == 2))  # one rank has them whole, unless the host has
         self.gathers = self.width * moved
-        # DeepSpeed's own linear, where weights come and go, is computed again to its end, which fetches a weight and frees a product
-        self.computed = self.again + np.where(moved & ~self.stay & self.selective, self.width * self.largest - self.hidden, 0.0)
+        # DeepSpeed's own linear, where weights come and go, keeps less: nothing of the second run is left but what it asks for
+        freed = (1 + self.cut) * self.hidden
+        self.computed = self.again - np.where(moved & ~self.stay & self.selective, freed, 0.0)
 
     def gathered(self, alive: Alive, *, turn: bool = False, closing: bool = False) -> Array:
         """Bytes of weights that ZeRO-3 holds beside its shard: what lasts, what is at work, and what comes next on the way back."""

@@ -94,7 +94,7 @@ def flying(layouts: Layouts, split: Split) -> dict[str, Alive]:
     more = 1.0 * (m > held)  # then gradients have been summed when a rank is fullest
     later = held - (m > 1) * (1 - more)
     nothing = np.zeros_like(split.blocks)
-    waiting = np.maximum(more, 1 - split.head)  # at the end of a pipeline, where there is no gradient, the next microbatch
+    waiting = np.maximum(more, 1 - split.head) * (layouts.pp > 1)  # where a pipeline ends and there is no gradient, the next microbatch
     first, second = (
         np.stack(
             [num * split.blocks, num + nothing, num * split.head, split.blocks, nothing, split.head, split.embed, waiting, summed, summed]
