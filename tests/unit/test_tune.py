@@ -152,11 +152,20 @@ def test_the_closed_form_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def _slowness() -> float:
+    """Of this core now, beside a quiet one of a server of 2023: half a second of its time for so much arithmetic on arrays."""
+    a, b, c = np.random.default_rng(0).random((3, 4, 1 << 14), dtype=np.float32)
+    began = time.process_time()
+    for _ in range(2000):
+        np.where(a > b, a * c, b + c)
+    return max(1.0, (time.process_time() - began) / 0.5)
+
+
 def test_a_million_layouts_of_4096_gpus_take_five_seconds_of_one_core() -> None:
     def once() -> tuple[float, int]:
-        began = time.process_time()
+        slowness, began = _slowness(), time.process_time()
         found = _find("gpt-7b", "512x8xH100", train={"global_batch": 4096})
-        return time.process_time() - began, len(found.judged.layouts)
+        return (time.process_time() - began) / slowness, len(found.judged.layouts)
 
     taken, layouts = min(once() for _ in range(3))  # the best one: other processes fill the caches
     assert layouts > 500_000
