@@ -54,7 +54,8 @@ def step_time(shape: Shape, layouts: Layouts, split: Split, *, cluster: Cluster,
     found["bubble"] = (whole - worst) / layouts.chunks
     found["p2p"] = _between_stages(shape, layouts, cluster, runtime)
     weights = _weights(shape, layouts, split)
-    found["zero"] = _reductions(layouts, weights, backward=worst * 2 / 3, cluster=cluster, runtime=runtime)
+    gathered = _gathered(shape, layouts, weights, runtime)
+    found["zero"] = _reductions(layouts, weights, gathered, backward=worst * 2 / 3, cluster=cluster, runtime=runtime)
     found["optimizer"], found["host"] = _update(layouts, weights, cluster, constants)
     found["fixed"] = np.full(len(layouts), constants.step) + constants.microbatch * m
     return found
@@ -142,7 +143,14 @@ def _weights(shape: Shape, layouts: Layouts, split: Split) -> Array:
     return (of + ends).max(axis=0)
 
 
-def _reductions(layouts: Layouts, weights: Array, *, backward: Array, cluster: Cluster, runtime: Runtime) -> Array:
+def _gathered(shape: Shape, layouts: Layouts, weights: Array, runtime: Runtime) -> Array:
+    """Elements that ZeRO-3 gathers in a step: what may stay once (parallel/gather.py, `choose`), the rest for each use."""
+    room = layouts.live - layouts.bucket - shape.vocab_weight(layouts.tp) if runtime.name == "megalite" else 0.0
+    lasting = np.where(layouts.live >= weights, weights, np.clip(room, 0.0, weights))
+    return lasting + (weights - lasting) * (2.0 + (layouts.recompute > 0)) * layouts.microbatches
+
+
+def _reductions(layouts: Layouts, weights: Array, gathered: Array, *, backward: Array, cluster: Cluster, runtime: Runtime) -> Array:
     """Gradients over the ranks that hold the same weights, updated weights back, and what ZeRO-3 gathers."""
     c, n = runtime.constants, layouts.copies
     inner = layouts.tp * np.where(runtime.outer == "dp", layouts.pp, 1)  # ranks between neighbours
@@ -156,9 +164,7 @@ def _reductions(layouts: Layouts, weights: Array, *, backward: Array, cluster: C
     gradient = move * runtime.gradient_width
     reduce = np.where(layouts.stage >= runtime.scatters, gradient, 2 * gradient) * rounds
     gather = np.where((layouts.stage > 0) & (layouts.stage < 3), move * runtime.width, 0.0)
-    passes = 2.0 + (layouts.recompute > 0)
-    kept = np.where(layouts.live >= weights, 1.0, passes * many)
-    gathers = np.where(layouts.stage == 3, kept * move * runtime.width, 0.0)
+    gathers = np.where(layouts.stage == 3, gathered / weights * move * runtime.width, 0.0)
     hidden = np.minimum(reduce * c.zero_hidden, backward * rounds)
     covered = np.minimum(gathers * c.zero_hidden, backward * many)
     latency = c.alpha_between * np.log2(np.maximum(nodes, 1)) * rounds

@@ -13,6 +13,7 @@ step; where two steps cancel, what is left says nothing of the steps, so weights
 from __future__ import annotations
 
 from megalite.config import Config
+from megalite.models import counts
 from megalite.tune import parity
 from megalite.tune.parity import Step, difference
 
@@ -53,8 +54,13 @@ def reference(config: Config, *, steps: int = STEPS) -> list[Step]:
 
 
 def on_mesh(config: Config, *, zero: dict | int = 0, steps: int = STEPS) -> list[Step]:
-    """`zero` is a stage, whose weights come and go if it is 3, or a whole DeepSpeed document."""
-    limits = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 2000}
+    """`zero` is a stage, or a whole DeepSpeed document. Of a stage's weights under ZeRO-3 some stay, and the others come and go."""
+    share = counts.num_parameters(config.model) // (config.mesh.pp * config.mesh.tp)
+    limits = {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": share * 6 // 10,
+        "stage3_prefetch_bucket_size": share // 6,
+    }
     document = {"zero_optimization": {"stage": zero, **limits}} if isinstance(zero, int) else zero
     return parity.assemble(parity.on_mesh(config, document, steps=steps, counted=False), steps=steps)
 

@@ -52,6 +52,9 @@ def draw(seed: int) -> tuple[Config, dict[str, Any]]:
             if 1 < world <= 8 and not (config.train.precision != "fp32" and config.train.reduce == "step"):
                 zero = {"stage": stage, "stage3_param_persistence_threshold": pick.choice((0, 500, 10_000))}
                 zero |= {"stage3_max_live_parameters": pick.choice((0, 2000, 10**9)), "stage3_max_reuse_distance": pick.choice((0, 10**9))}
+                if seed % 2:  # most often a limit that a stage does not fit into, and some weights ahead
+                    limits = {"stage3_max_live_parameters": pick.randrange(2000, 40_000), "stage3_max_reuse_distance": 10**9}
+                    zero |= {**limits, "stage3_prefetch_bucket_size": pick.choice((0, 1000, 5000))}
                 if stage and pick.random() < 0.2:
                     zero["offload_optimizer"] = {"device": "cpu"}
                 return resolve_mesh(config, world), {"zero_optimization": zero}

@@ -23,7 +23,7 @@ from megalite.ds_config import read_document
 from megalite.errors import UserError
 from megalite.models import counts
 from megalite.parallel import stages
-from megalite.tune import choices, cluster, explain, fitting, memory, runtime, search, splits, tuning
+from megalite.tune import choices, cluster, explain, fitting, memory, runtime, search, speed, splits, tuning
 from megalite.tune.layouts import Layouts, enumerate_layouts, legal
 from megalite.tune.score import predict_time, read_runs, score
 from megalite.tune.shape import Shape
@@ -182,6 +182,18 @@ def test_the_best_layout_fits_and_none_that_fits_is_faster() -> None:
     reasons = [neighbour.reason for neighbour in search.neighbours(found, int(best))]
     assert any(reason.startswith("no: ") and "of 79.1 GiB" in reason for reason in reasons)
     assert any(reason.endswith("GiB") and reason[0] in "+-" for reason in reasons)
+
+
+def test_the_more_weights_may_stay_the_less_is_gathered() -> None:
+    config = settings.load("gpt-7b")
+    shape, given = Shape.of(config), {"dp": 8, "tp": 1, "pp": 1, "micro": 1, "stage": 3, "batch": 64, "bucket": 50_000_000}
+    found = Layouts.of(**given, live=[0, 500_000_000, 2_000_000_000, 10**10])
+    ours = runtime.find("megalite", kind="h100")
+    seconds = speed.step_time(shape, found, split(shape, found, ours.rule), cluster=cluster.find("1x8xH100"), runtime=ours)["zero"]
+    assert seconds[0] > seconds[1] > seconds[2] > seconds[3]
+    gathered = speed._gathered(shape, found, np.full(4, 6.7e9), ours)
+    assert gathered[0] == 6.7e9 * 2 * 8 and gathered[3] == 6.7e9
+    assert gathered[2] == pytest.approx(gathered[0] - (2e9 - 5e7 - 32000 * 4096) * 15)
 
 
 def test_flags_of_the_run_are_kept() -> None:
