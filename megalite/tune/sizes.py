@@ -120,7 +120,7 @@ class Sizes:
         self.ahead = np.where(none, np.maximum(np.minimum(self.bucket, live - np.maximum(least, head)), 0.0), self.bucket)
         moved = (self.stage == 3) & ((self.shards > 1) | (self.offload == 2))  # one rank has them whole, unless the host has
         self.gathers = self.width * moved
-        # DeepSpeed's own linear, where weights come and go, keeps less: nothing of the second run is left but what it asks for
+        # by DeepSpeed's own linear, where weights come and go, the second run leaves a hidden state less behind, two if sequences are cut
         freed = (1 + self.cut) * self.hidden
         self.computed = self.again - np.where(moved & ~self.stay & self.selective, freed, 0.0)
 
