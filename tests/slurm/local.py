@@ -103,15 +103,8 @@ class Cluster:
         python.write_text(HELD.format(python=sys.executable, seconds=seconds, gate=self._gate(held)))
         python.chmod(0o755)
         path = python.with_suffix(".yaml")
-        # two hours: a slow machine must not reach slurm.lead
-        given = {
-            "gpus_per_node": 0,
-            "time": "120",
-            "exclusive": False,
-            "health": False,
-            "setup": [f"export MEGALITE_PYTHON={python}"],
-            **site,
-        }
+        plain = {"gpus_per_node": 0, "exclusive": False, "health": False, "time": "120"}  # minutes: a slow machine must not reach slurm.lead
+        given = {**plain, "setup": [f"export MEGALITE_PYTHON={python}"], **site}
         path.write_text(yaml.safe_dump(given))
         return str(path)
 
