@@ -103,7 +103,7 @@ class Cluster:
         python.write_text(HELD.format(python=sys.executable, seconds=seconds, gate=self._gate(held)))
         python.chmod(0o755)
         path = python.with_suffix(".yaml")
-        plain = {"gpus_per_node": 0, "exclusive": False, "health": False, "time": "120"}  # minutes: a slow machine must not reach slurm.lead
+        plain = {"gpus_per_node": 0, "exclusive": False, "health": False, "time": "120"}  # minutes, far beyond slurm.lead
         given = {**plain, "setup": [f"export MEGALITE_PYTHON={python}"], **site}
         path.write_text(yaml.safe_dump(given))
         return str(path)
