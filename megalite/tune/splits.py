@@ -182,8 +182,8 @@ def _sums(each: Array) -> Array:
 
 def _early(v: int, pp: int, place: int, group: int, total: int) -> tuple[int, int]:
     """Of how many of its next forwards a rank has received the inputs when it goes back, and of how many backwards, this one included, the
-    gradients: by the time steps of torch 2.13's interleaved order, if what a neighbour sends is received in the step it was computed in. (It
-    places receives by a simulation of its own, which may be a step off.)
+    gradients: by the time steps of torch 2.13's interleaved order, if what a neighbour sends is received in the step it was computed in.
+    (torch places receives by a simulation of its own, which may be a step off.)
     """
 
     def begun(place: int) -> int:
