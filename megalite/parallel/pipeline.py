@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleLoopedBFS, schedules
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, _Action, _ComputationType
 
 from megalite.mesh import Mesh
 from megalite.parallel.zero import Zero
@@ -141,6 +141,50 @@ def _letting_go_of_what_was_sent() -> Iterator[None]:
         schedules._batch_p2p = plain
 
 
+def exchanged(order: dict[int, list[_Action | None]], num_stages: int) -> dict[int, list[_Action]]:
+    """What each rank does, in order, transfers included: of each rank's computations, one a time step, nothing where it waits.
+
+    What a step has computed is sent and received when the step ends, so what a rank holds of others' is known (tune/splits.py). A rank
+    whose input has not come waits. Transfers are in one order for all ranks, so none waits for another in a circle. torch 2.13's own
+    `_add_send_recv` lets a rank use what came in the same step, in order of ranks, and gives FSDP's UNSHARD and RESHARD steps of their own,
+    which are nothing here: the last rank had up to three hidden states more.
+    """
+    kind = _ComputationType
+    found: dict[int, list[_Action]] = {rank: [] for rank in order}
+    left = {rank: list(reversed(actions)) for rank, actions in order.items()}
+    came: set[_Action] = set()
+
+    def neighbour(action: _Action, forward: int) -> int | None:
+        """Of its stage, the one so many stages further in the direction of the action."""
+        stage = action.stage_index + (forward if action.computation_type == kind.FORWARD else -forward)
+        return stage if 0 <= stage < num_stages else None
+
+    while any(left.values()):
+        computed = []
+        for rank, actions in left.items():
+            action = actions[-1] if actions else None
+            if action is None or neighbour(action, -1) is None or _received(action, action.stage_index) in came:
+                del actions[-1:]
+                if action is not None:
+                    computed.append((rank, action))
+        for rank, action in computed:
+            found[rank].append(action)
+        for rank, action in computed:
+            target = neighbour(action, 1)
+            if target is not None:
+                forward = action.computation_type == kind.FORWARD
+                found[rank].append(_Action(action.stage_index, kind.SEND_F if forward else kind.SEND_B, action.microbatch_index))
+                found[target % len(order)].append(_received(action, target))
+                came.add(_received(action, target))
+    return found
+
+
+def _received(action: _Action, stage: int) -> _Action:
+    """The transfer that brings a stage what such a computation computes, or needs."""
+    forward = action.computation_type == _ComputationType.FORWARD
+    return _Action(stage, _ComputationType.RECV_F if forward else _ComputationType.RECV_B, action.microbatch_index)
+
+
 class _Chunk(nn.Module):
     """One chunk of the rank's layers, as the schedule calls it; the layers themselves belong to DeepSpeed's engine."""
 
@@ -181,6 +225,8 @@ class Pipeline:
         kind = SCHEDULES[schedule]
         mine = self.stages if issubclass(kind, PipelineScheduleMulti) else self.stages[0]
         self.schedule = kind(mine, num_microbatches, loss_fn=lambda output, _: output, scale_grads=False)
+        if isinstance(self.schedule, PipelineScheduleMulti):
+            self.schedule.pipeline_order_with_comms = exchanged(self.schedule.pipeline_order, last + 1)
         for stage in self.stages:
             stage.losses = self.schedule._internal_losses
 

@@ -155,13 +155,12 @@ def _unit_by_unit(sizes: tuple[int, ...], embed: bool, head: bool, pp: int, plac
     top, bottom = (going == v - 1) * head, (going == 0) * embed
     blocks, units, heads = alive(size[chunk], size[going]), started - turns, alive((chunk == v - 1) * head, top)
     summed, ended = (np.concatenate([[False], np.logical_or.accumulate(each)[:-1]]) for each in (size[going] > 0, (top + bottom) > 0))
-    waiting = np.full(total, 1 - head)
-    if rounds:
-        inputs, grads = _early(v, pp, place, group, total)
-        ahead = _sums(1 - (chunk == 0) * embed)
-        waiting = ahead[np.minimum(started + inputs, total)] - ahead[started]
-        ahead = _sums(1 - top)
-        waiting = waiting + ahead[np.minimum(turns + grads, total)] - ahead[turns]
+    inputs, grads = _early(v, pp, place, group, total) if rounds else (0, max(group - pp + 1, 1) if place == pp - 1 else 1)
+    ahead = _sums(1 - (chunk == 0) * embed)
+    waiting = ahead[np.minimum(started + inputs, total)] - ahead[started]
+    grads = grads + (turns < group - 1) * (bool(rounds) & (place == pp - 2) & (group < pp))  # such a rank waits once, and is behind then
+    ahead = _sums(1 - top)
+    waiting = waiting + ahead[np.minimum(turns + grads, total)] - ahead[turns]
     behind = size[::-1].cumsum()[::-1] - size
     fields = np.stack([blocks, units, heads, size[going], behind[going], top, bottom, waiting, summed, ended]).astype(float)
     rank = (blocks * 2 * (total + 1) + units + waiting) * 4 + 2 * summed + ended
@@ -181,9 +180,9 @@ def _sums(each: Array) -> Array:
 
 
 def _early(v: int, pp: int, place: int, group: int, total: int) -> tuple[int, int]:
-    """Of how many of its next forwards a rank has received the inputs when it goes back, and of how many backwards, this one included, the
-    gradients: by the time steps of torch 2.13's interleaved order, if what a neighbour sends is received in the step it was computed in.
-    (torch places receives by a simulation of its own, which may be a step off.)
+    """Of how many of its next forwards an interleaved rank has received the inputs when it goes back, and of how many backwards, this one
+    included, the gradients: parallel/pipeline.py, `exchanged`. (Where rounds have more microbatches than ranks, a rank may come to wait
+    that never did before; then the last one of a pipeline has up to a few gradients less.)
     """
 
     def begun(place: int) -> int:
@@ -193,7 +192,7 @@ def _early(v: int, pp: int, place: int, group: int, total: int) -> tuple[int, in
     apart = begun(0) - begun(pp - 1)  # around the corner, from the last rank to the first and back, things come a round earlier
     inputs = apart // 2 + group - 2 * (pp - 1) if place == 0 else 1
     grads = 1 + (2 * group - 1 - apart) // 2 if place == pp - 1 else 1
-    return max(inputs, 0), max(grads, 0)
+    return max(inputs, 0), max(grads, 1)
 
 
 def _threshold_costs(shape: Shape) -> tuple[Array, Array]:

@@ -8,14 +8,10 @@ import random
 import subprocess
 import sys
 import time
-from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-from torch.distributed.pipelining import ScheduleInterleaved1F1B, ScheduleLoopedBFS
 
 from megalite import config as settings
 from megalite.config import Config
@@ -23,7 +19,7 @@ from megalite.ds_config import read_document
 from megalite.errors import UserError
 from megalite.models import counts
 from megalite.parallel import stages
-from megalite.tune import choices, cluster, explain, fitting, memory, runtime, search, speed, splits, tuning
+from megalite.tune import choices, cluster, explain, fitting, memory, runtime, search, speed, tuning
 from megalite.tune.layouts import Layouts, enumerate_layouts, legal
 from megalite.tune.score import predict_time, read_runs, score
 from megalite.tune.shape import Shape
@@ -62,55 +58,6 @@ def test_stages_are_those_that_the_engine_builds(name: str) -> None:
         for blocks, embed, head, place in zip(*(of[:, 0] for of in (found.blocks, found.embed, found.head, found.place)), strict=True):
             mine = held[int(place)]
             assert (blocks, embed, head) == (sum(0 < layer <= layers for layer in mine), 0 in mine, layers + 1 in mine)
-
-
-def _walk(sizes: tuple[int, ...], *, place: int, pp: int, num: int, looped: bool) -> list[tuple[float, ...]]:
-    """What torch's own order of forwards and backwards holds of a rank's chunks of so many blocks: blocks, chunks with what was received
-    early, and whether blocks have been back, when it is the most that goes back through the last chunk, through any with blocks, and
-    through the first.
-    """
-    rounds, last = 1 if looped else max(1, num // pp), len(sizes) * pp - 1
-    of_a_schedule = {"n_local_stages": len(sizes), "_stages": sizes, "pp_group_size": pp, "microbatches_per_round": num // rounds}
-    schedule = SimpleNamespace(**of_a_schedule, _n_microbatches=num)
-    order = ScheduleLoopedBFS if looped else ScheduleInterleaved1F1B
-    # a schedule itself needs stages and ranks; its order needs these numbers
-    orders: list[Any] = [order._calculate_single_rank_operations(schedule, rank) for rank in range(pp)]  # type: ignore[arg-type]
-    blocks, chunks, summed, most, early = 0, 0, False, [(0, 0, False)] * 3, set()
-    for mine, before, after in zip_longest(*(orders[rank % pp] for rank in (place, place - 1, place + 1))):
-        if mine and mine.computation_type.name == "FORWARD":
-            blocks, chunks = blocks + sizes[mine.stage_index // pp], chunks + 1
-            early.discard((mine.stage_index, mine.microbatch_index, True))
-        elif mine:
-            chunk = mine.stage_index // pp
-            held = chunks + (len(early) if not looped else place < pp - 1)
-            for number, there in enumerate((chunk == len(sizes) - 1, sizes[chunk] > 0, chunk == 0)):
-                most[number] = max(most[number], (blocks, held, summed)) if there else most[number]
-            blocks, chunks, summed = blocks - sizes[chunk], chunks - 1, summed or sizes[chunk] > 0
-            early.discard((mine.stage_index, mine.microbatch_index, False))
-        for sent, forward, step in ((before, True, 1), (after, False, -1)):  # by neighbours, in the same time step
-            if sent and (sent.computation_type.name == "FORWARD") == forward and 0 <= sent.stage_index + step <= last:
-                early.add((sent.stage_index + step, sent.microbatch_index, forward))
-    return [(float(blocks), float(chunks), float(summed)) for blocks, chunks, summed in most]
-
-
-@pytest.mark.parametrize("looped", [False, True])
-def test_what_is_in_flight_is_what_torchs_schedule_holds(looped: bool) -> None:
-    draw = random.Random(4)
-    for _ in range(60):
-        pp, v = draw.choice((2, 3, 4, 8)), draw.choice((2, 3, 4))
-        rounds = draw.randrange(1, 7)
-        num = rounds * draw.randrange(pp, 2 * pp) if rounds > 1 else draw.randrange(1, 2 * pp)
-        rounds = max(1, num // pp)
-        if num % rounds:
-            continue
-        sizes, place = (*(draw.randrange(0, 4) for _ in range(v - 1)), draw.randrange(0, 2)), draw.randrange(pp)
-        group, followed = (num, 0) if looped else (num // rounds, min(rounds, splits.ROUNDS))
-        turn, _, deep, _, end = splits._unit_by_unit(sizes, place == 0, place == pp - 1, pp, place, group, followed)
-        walked = _walk(sizes, place=place, pp=pp, num=num, looped=looped)
-        alone = place == pp - 1 and not sizes[-1]  # a head
-        assert [(state[0], state[1] + state[7], state[8]) for state in (turn, end)] == [walked[0], walked[0 if alone else 2]]
-        if any(sizes):
-            assert (deep[0], deep[1] + deep[7], deep[8]) == walked[1]
 
 
 def test_a_layout_is_legal_where_the_run_would_be_accepted() -> None:

@@ -1,0 +1,105 @@
+"""Schedules with several chunks on a rank: who computes, sends and receives what when, and what the tuner says of it."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch.distributed.pipelining import ScheduleInterleaved1F1B, ScheduleLoopedBFS
+
+from megalite.parallel.pipeline import exchanged
+from megalite.tune import splits
+
+SENDS = {"SEND_F": ("RECV_F", 1), "SEND_B": ("RECV_B", -1)}
+NEEDS = {"FORWARD": ("RECV_F", -1), "FULL_BACKWARD": ("RECV_B", 1)}
+
+
+def _computations(v: int, pp: int, num: int, looped: bool) -> dict[int, list[Any]]:
+    """torch's own, of every rank; nothing where a rank waits."""
+    of_a_schedule = {"n_local_stages": v, "_stages": range(v), "pp_group_size": pp, "_n_microbatches": num}
+    schedule = SimpleNamespace(**of_a_schedule, microbatches_per_round=num // max(1, num // pp))
+    order = ScheduleLoopedBFS if looped else ScheduleInterleaved1F1B
+    # a schedule itself needs stages and ranks; its order needs these numbers
+    return {rank: order._calculate_single_rank_operations(schedule, rank) for rank in range(pp)}  # type: ignore[arg-type]
+
+
+def _draw(draw: random.Random, *, looped: bool) -> tuple[int, int, int]:
+    """Chunks, ranks, microbatches."""
+    while True:
+        pp, v = draw.choice((2, 3, 4, 8)), draw.choice((2, 3, 4))
+        rounds = draw.randrange(1, 7)
+        num = rounds * draw.randrange(pp, 2 * pp) if rounds > 1 else draw.randrange(1, 2 * pp)
+        if looped or num % max(1, num // pp) == 0:
+            return v, pp, num
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_transfers_can_be_made_one_after_the_other(looped: bool) -> None:
+    """By ranks that wait at every transfer for the other side: none waits forever, all is received once, and before it is used."""
+    draw = random.Random(5)
+    for _ in range(40):
+        v, pp, num = _draw(draw, looped=looped)
+        computations = _computations(v, pp, num, looped)
+        left = {rank: [(a.computation_type.name, a.stage_index, a.microbatch_index) for a in actions]
+                for rank, actions in exchanged(computations, v * pp).items()}  # fmt: skip
+        for rank, actions in computations.items():
+            assert [each for each in left[rank] if each[0] in NEEDS] == [
+                (a.computation_type.name, a.stage_index, a.microbatch_index) for a in actions if a
+            ]
+        came: set[tuple[str, int, int | None]] = set()
+        while any(left.values()):
+            before = sum(map(len, left.values()))
+            for actions in left.values():
+                while actions and actions[0][0] in NEEDS:
+                    kind, stage, microbatch = actions.pop(0)
+                    needed, step = NEEDS[kind]
+                    assert not 0 <= stage + step < v * pp or (needed, stage, microbatch) in came
+                if actions and actions[0][0] in SENDS:
+                    kind, stage, microbatch = actions[0]
+                    received = (SENDS[kind][0], stage + SENDS[kind][1], microbatch)
+                    other = left[received[1] % pp]
+                    if other and other[0] == received:
+                        assert other is not actions and received not in came
+                        came.add(received)
+                        del actions[0], other[0]
+            assert sum(map(len, left.values())) < before, (v, pp, num, left)
+        assert len(came) == 2 * num * (v * pp - 1)
+
+
+def _walk(sizes: tuple[int, ...], *, place: int, pp: int, num: int, looped: bool) -> list[tuple[float, ...]]:
+    """What a rank with chunks of so many blocks holds: blocks, chunks with what was received, and whether blocks have been back, when it is
+    the most that goes back through the last chunk, through any with blocks, and through the first.
+    """
+    blocks, chunks, summed, most, received = 0, 0, False, [(0, 0, False)] * 3, 0
+    for action in exchanged(_computations(len(sizes), pp, num, looped), len(sizes) * pp)[place]:
+        chunk, kind = action.stage_index // pp, action.computation_type.name
+        if kind.startswith("RECV"):
+            received += 1
+        elif kind == "FORWARD":
+            blocks, chunks, received = blocks + sizes[chunk], chunks + 1, received - (action.stage_index > 0)
+        elif kind == "FULL_BACKWARD":
+            for number, there in enumerate((chunk == len(sizes) - 1, sizes[chunk] > 0, chunk == 0)):
+                most[number] = max(most[number], (blocks, chunks + received, summed)) if there else most[number]
+            blocks, chunks, summed = blocks - sizes[chunk], chunks - 1, summed or sizes[chunk] > 0
+            received -= action.stage_index < len(sizes) * pp - 1
+    return [(float(blocks), float(chunks), float(summed)) for blocks, chunks, summed in most]
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_what_is_in_flight_is_what_the_schedule_holds(looped: bool) -> None:
+    draw = random.Random(4)
+    for _ in range(120):
+        v, pp, num = _draw(draw, looped=looped)
+        rounds = max(1, num // pp)
+        sizes, place = (*(draw.randrange(0, 4) for _ in range(v - 1)), draw.randrange(0, 2)), draw.randrange(pp)
+        group, followed = (num, 0) if looped else (num // rounds, min(rounds, splits.ROUNDS))
+        turn, _, deep, _, end = splits._unit_by_unit(sizes, place == 0, place == pp - 1, pp, place, group, followed)
+        walked = _walk(sizes, place=place, pp=pp, num=num, looped=looped)
+        alone = place == pp - 1 and not sizes[-1]  # a head
+        pairs = [(turn, walked[0]), (end, walked[0 if alone else 2]), *([(deep, walked[1])] if any(sizes) else [])]
+        for state, (blocks, held, summed) in pairs:
+            assert (state[0], state[1] + state[7]) == (blocks, held)
+            # a rank with fewer microbatches than ranks may wait behind the first backward, where it is said to be as full again
+            assert state[8] == summed or (state[8] > summed and num < pp and not looped)
