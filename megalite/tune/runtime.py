@@ -99,8 +99,9 @@ DESIGN = {
     ),
     # Megatron-LM under DeepSpeed, as BLOOM and vTrain ran it: layers evenly, ranks as (pp, dp, tp), fp16 gradients, fused softmax
     "megatron-deepspeed": Runtime("megatron-deepspeed", rule="even", outer="pp", precision="fp16", flash=False),
-    # PyTorch FSDP in bf16 with fp32 reduction (torchtitan's default): all of it is ZeRO-3 or ZeRO-2
-    "fsdp": Runtime("fsdp", rule="even", outer="pp", gradient_width=4),
+    # PyTorch FSDP as llm-foundry runs it: ZeRO-3 or ZeRO-2 all of it, and a fused loss, whose logits are there once, in bf16, and become
+    # their gradient
+    "fsdp": Runtime("fsdp", rule="even", outer="pp", memory=MemoryConstants(logits=1 / 3)),
 }
 # fmt: on
 

@@ -159,7 +159,7 @@ def score(runs: Runs, seconds: Array, held: Array, *, limit: float) -> Score:
         memory_median=float(np.median(heavy)) if len(heavy) else np.nan,
         false_fits=_mean((fits & runs.failed)[fits]) if runs.failed.any() else np.nan,
         false_memory=_mean((fits & runs.failed & ~_as_much_ran(runs))[fits]) if runs.failed.any() else np.nan,
-        false_misses=_mean(~fits[weighed]),
+        false_misses=_mean(~fits[~runs.failed]),
         rank=_mean(ranks),
         top_five=_mean(hits),
         regret=_mean(regrets),

@@ -21,7 +21,7 @@ from megalite.models import counts
 from megalite.parallel import stages
 from megalite.tune import choices, cluster, explain, fitting, memory, runtime, search, speed, tuning
 from megalite.tune.layouts import Layouts, enumerate_layouts, legal
-from megalite.tune.score import predict_time, read_runs, score
+from megalite.tune.score import Runs, predict_time, read_runs, score
 from megalite.tune.shape import Shape
 from megalite.tune.splits import split
 
@@ -216,6 +216,29 @@ def test_runs_that_were_not_fitted_are_predicted_within_a_tenth() -> None:
     seconds, held = fitting.hold_out(runs, machines, plain)
     found = score(runs, seconds, held, limit=machines.usable)
     assert found.timed == 62 and found.time_mean < 0.1 and found.top_five == 1.0
+
+
+MPT = {"h100": 0.04, "a100-80": 0.055, "a100-40": 0.035}
+
+
+def _mpt(kind: str) -> tuple[Runs, cluster.Cluster]:
+    table = TABLE.with_name(f"llm_foundry_{kind.replace('-', '_')}.csv")
+    return read_runs(table, runtime.DESIGN["fsdp"]), cluster.find(f"64x8x{kind}")
+
+
+@pytest.mark.parametrize("kind", MPT)
+def test_runs_of_fsdp_that_were_not_fitted_are_predicted(kind: str) -> None:
+    runs, machines = _mpt(kind)
+    seconds, held = fitting.hold_out(runs, machines, runtime.DESIGN["fsdp"])
+    found = score(runs, seconds, held, limit=machines.usable)
+    assert found.time_mean < MPT[kind] and found.false_misses == 0
+
+
+@pytest.mark.parametrize(("fitted", "other"), [("a100-80", "a100-40"), ("a100-40", "a100-80")])
+def test_constants_of_one_cluster_predict_another_with_the_same_chip(fitted: str, other: str) -> None:
+    known = fitting.fit_time(*_mpt(fitted), runtime.DESIGN["fsdp"])
+    runs, machines = _mpt(other)
+    assert np.abs(predict_time(runs, machines, known) / runs.seconds - 1).mean() < 0.07
 
 
 def test_a_run_that_failed_where_as_much_ran_did_not_fail_for_want_of_memory(tmp_path: Path) -> None:
