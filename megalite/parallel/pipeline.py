@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleLoopedBFS, schedules
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, _Action, _ComputationType
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, _Action, _ComputationType, _PipelineScheduleRuntime
 
 from megalite.mesh import Mesh
 from megalite.parallel.zero import Zero
@@ -225,7 +225,7 @@ class Pipeline:
         kind = SCHEDULES[schedule]
         mine = self.stages if issubclass(kind, PipelineScheduleMulti) else self.stages[0]
         self.schedule = kind(mine, num_microbatches, loss_fn=lambda output, _: output, scale_grads=False)
-        if isinstance(self.schedule, PipelineScheduleMulti):
+        if isinstance(self.schedule, _PipelineScheduleRuntime):
             self.schedule.pipeline_order_with_comms = exchanged(self.schedule.pipeline_order, last + 1)
         for stage in self.stages:
             stage.losses = self.schedule._internal_losses
