@@ -163,14 +163,16 @@ def _unit_by_unit(sizes: tuple[int, ...], embed: bool, head: bool, pp: int, plac
     waiting = waiting + ahead[np.minimum(turns + grads, total)] - ahead[turns]
     behind = size[::-1].cumsum()[::-1] - size
     fields = np.stack([blocks, units, heads, size[going], behind[going], top, bottom, waiting, summed, ended]).astype(float)
-    rank = (blocks * 2 * (total + 1) + units + waiting) * 4 + 2 * summed + ended
+    held = units + waiting
+    first = ((blocks * 2 * (total + 1) + held) * 2 + summed) * 2 + ended
+    later = ((blocks * 2 + ended) * 2 + summed) * 2 * (total + 1) + held  # sums of the ends weigh more than a hidden state
 
-    def fullest(there: Array) -> int:
+    def fullest(there: Array, rank: Array = first) -> int:
         return int(np.where(there, rank, -1).argmax())
 
     found: list[Any] = []
     for there, again in ((going == v - 1, ended), (size[going] > 0, summed)):
-        found += [fullest(there), fullest(there & again) if (there & again).any() else fullest(there)]
+        found += [fullest(there), fullest(there & again, later) if (there & again).any() else fullest(there)]
     alone = head and not size[-1]
     return tuple(map(tuple, fields[:, [*found, found[0] if alone else fullest(going == 0)]].T.tolist()))
 
