@@ -144,7 +144,7 @@ class _Account(Sizes):
         # the head's gradient has waited for the embedding's, and they are added up
         own = np.where(self.both > 0, np.maximum(2 * w * words, last), w * words + last)
         # a gradient for the stage before; what was before the embedding's is let go of with it
-        onward = np.where((alive.bottom > 0) & (~self.too_large | (self.both > 0)), self.sending, self.hidden)
+        onward = np.where(alive.bottom > 0, self.sending, self.hidden)
         found["working"] = onward + np.where(alive.bottom > 0, own, before)
         return found
 
