@@ -55,8 +55,9 @@ class _Account(Sizes):
         """What is there beside what is at work. Buckets of ZeRO 0 to 2, of which two overlap, are made for each backward pass."""
         found = dict(self.always)
         top: Any = 0.0 if turn else alive.top  # the head has gone back
+        gone = top * (alive.chunk > 0) if closing else top  # what it was made of; received, if it is alone, and there until its end
         found["activations"] = (
-            alive.blocks * self.kept + (alive.units + alive.waiting - top) * self.hidden + (alive.heads - top) * self.head
+            alive.blocks * self.kept + (alive.units + alive.waiting - gone) * self.hidden + (alive.heads - top) * self.head
         )
         if turn:
             found["gathered"] = self.at_turn
