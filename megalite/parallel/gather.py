@@ -190,6 +190,8 @@ class Gathering:
         # What comes from other ranks is made where it is used, so that its memory is free again in the order of the computation. Only
         # what comes from the host has a stream of its own: it would be copied between two products.
         stream = self.copying if weight.ds_tensor.device.type == "cpu" else None
+        if stream is not None and not self.all_stay:
+            stream.wait_stream(torch.cuda.current_stream())  # else weights pile up where copies are faster than the computation
         with torch.cuda.stream(stream):
             handle = weight.all_gather_coalesced([weight], quantize=self.quantized)
             self.coming[weight] = handle, None if stream is None else stream.record_event()

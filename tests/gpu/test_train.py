@@ -58,29 +58,38 @@ def test_one_gpu_computes_what_one_process_on_the_cpu_computes(stage: int, tmp_p
     assert_same(ours, reference(config_of()), tied={"head.project.weight": "embed.token.weight"})
 
 
-@pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
-def test_a_recipe_trains_on_one_gpu_and_says_its_mfu(deepspeed: str, tmp_path: Path) -> None:
-    prefix = str(tmp_path / "random")
+def _train(deepspeed: str, tmp_path: Path) -> list[dict[str, Any]]:
+    """What six steps of gpt2-124m on random ids say, line by line."""
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    prefix = str(folder / "random")
     with Writer(f"{prefix}.train", vocab_size=50257) as writer:
         writer.add(np.random.default_rng(0).integers(0, 50257, 2_000_000).astype(np.uint16))
-    flags = [
-        "--data.train",
-        prefix,
-        "--run.folder",
-        str(tmp_path / "run"),
-        "--train.steps",
-        "6",
-        "--log.every",
-        "1",
-        "--deepspeed",
-        deepspeed,
-    ]
+    run = ["--data.train", prefix, "--run.folder", str(folder / "run"), "--train.steps", "6", "--log.every", "1", "--deepspeed", deepspeed]
     mesh = ["--mesh.dp", "1", "--mesh.pp", "1", "--mesh.tp", "1", "--train.global-batch", "64", "--train.micro-batch", "16"]
-    subprocess.run([sys.executable, "-m", "megalite", "train", "gpt2-124m", *flags, *mesh], check=True, timeout=600)
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    subprocess.run([sys.executable, "-m", "megalite", "train", "gpt2-124m", *run, *mesh], check=True, timeout=600)
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss" in line]
     assert len(trained) == 6 and all(np.isfinite(line["loss"]) for line in trained)
+    return trained
+
+
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
+def test_a_recipe_trains_on_one_gpu_and_says_its_mfu(deepspeed: str, tmp_path: Path) -> None:
+    trained = _train(deepspeed, tmp_path)
     assert all(line["mfu"] and 0 < line["mfu"] < 1 for line in trained), "the peak of this GPU is unknown to megalite.hardware"
+
+
+def test_weights_from_the_host_do_not_pile_up(tmp_path: Path) -> None:
+    """Where copies are faster than the computation: half of those 124 M in bf16 are not there at the fullest moment."""
+    document = read_document(Config.model_validate({"deepspeed": "zero3-cpu-offload-params"}))
+    held = {}
+    for live in (500_000_000, 60_000_000):
+        ahead = {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": live, "stage3_prefetch_bucket_size": 15_000_000}
+        document["zero_optimization"] |= ahead
+        path = tmp_path / f"{live}.json"
+        path.write_text(json.dumps(document))
+        held[live] = _train(str(path), tmp_path)[-1]["memory_bytes"]
+    assert held[500_000_000] - held[60_000_000] > 50e6 * 2
 
 
 @pytest.mark.parametrize("name", ["zero3-cpu-offload", "zero3-cpu-offload-params", "zero3-nvme", "zeropp-quantized"])
