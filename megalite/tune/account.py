@@ -73,7 +73,6 @@ class _Account(Sizes):
 
     def turn(self, alive: Alive) -> Parts:
         found = self._state(alive, turn=True)
-        found["activations"] = found["activations"] + self.sent
         # the gradients of the head's weight and input, and the padded weight
         weight = self.width * self.words * self.padded * (1 + (self.padded > 1))
         found["working"] = alive.top * (weight + self.whole)
@@ -125,7 +124,7 @@ class _Account(Sizes):
     def large_head(self, alive: Alive) -> Parts:
         """A head's gradient that is too large for a bucket goes to the other ranks before a block goes back."""
         found = self._state(alive)
-        found["working"] = self.hidden + self.piece + self.width * self.words * (self.stage % 3 == 0)
+        found["working"] = self.hidden + np.maximum(self.piece, self.copied) + self.width * self.words * (self.stage % 3 == 0)
         return _where(self.too_large & (self.alone * alive.top * alive.chunk > 0), found)
 
     def closing(self, alive: Alive) -> Parts:
@@ -136,12 +135,13 @@ class _Account(Sizes):
         first = alive.top * self.alone * words
         all_of_it = alive.chunk * self.block + first * (1.0 - self.too_large)
         rest = np.where(all_of_it > self.bucket, all_of_it % self.filled, all_of_it) + alive.bottom * self.shape.embed_whole
-        mine = ((self.shards == 1) | (alive.bottom > 0) | (self.layouts.chunks == 1)) * self.part
-        before = self._copies(rest, mine=np.where(alive.top > 0, self.share, mine))
-        before = np.where((first > 0) & self.too_large & (alive.chunk == 0), w * words + self.piece, before)  # a head alone
+        mine = ((self.shards == 1) | (alive.bottom > 0) | (alive.behind == 0)) * self.part  # some rank owns of a first or last chunk
+        before = self._copies(rest, mine=np.where((first > 0) & ~self.too_large, self.share, mine))
+        piece = np.maximum(self.piece, self.copied - (1.0 - alive.ended) * self.sum_ends)  # copied before sums are made
+        before = np.where((first > 0) & self.too_large & (alive.chunk == 0), w * words + piece, before)  # a head alone
         after = np.maximum(before, self._copies(words, mine=self.share) - w * words)
         together = self._copies(rest + words, mine=np.maximum(mine, self.share)) - w * words  # its gradient moves into the bucket
-        last = np.select([self.too_large, rest + words > self.bucket], [np.maximum(before, self.piece), after], together)
+        last = np.select([self.too_large, rest + words > self.bucket], [np.maximum(before, piece), after], together)
         # the head's gradient has waited for the embedding's, and they are added up
         own = np.where(self.both > 0, np.maximum(2 * w * words, last), w * words + last)
         # a gradient for the stage before; what was before the embedding's is let go of with it

@@ -72,8 +72,6 @@ class Sizes:
         layouts, split, w = self.layouts, self.split, self.width
         t, pipeline = layouts.tp, layouts.pp > 1
         more = pipeline & (turn.units < (layouts.microbatches * layouts.chunks))  # gradients have come before
-        sending = pipeline & (layouts.schedule == 0) & (t > 1) & (layouts.microbatches > 1) & (split.head > 0)
-        self.sent = np.where(sending, self.hidden, 0.0)  # the gradient before, still
         twice = more & (split.head == 0) & (layouts.schedule != INTERLEAVED)  # an output is still being sent
         gathered = np.where(self.cut, self.whole, 0.0)  # the gradient of a sum that was scattered, until its product has gone back
         self.sending = np.where(twice, self.hidden, 0.0)
@@ -136,21 +134,30 @@ class Sizes:
         elif not closing:
             working = (lasting < self.matrices[0]) * self.matrices[0]
             there[0] = there[0] | (working > 0)
-        # the rest of its block; blocks before it; a part of one. Back, or where it is computed again forward to its last matrix
+        # the rest of its block, the others of its chunk, and what comes behind it, whole blocks and then a part of one: back, or where it
+        # is computed again forward to its last matrix; all the way forward where a chunk goes forward next
+        forward = (alive.onward > 0) & (lasting == 0)
         run, more = np.zeros_like(lasting), np.ones_like(lasting, bool)
         for number, (matrix, other) in enumerate(zip(self.in_order, (0, 3, 2, 1), strict=True)):
             known = there[number] if number in (0, 2) else np.where(self.layouts.recompute > 0, there[other], there[number])
-            size = matrix * ~known
+            size = np.where(forward, self.matrices[3 - number], matrix * ~known) if closing else matrix * ~known
             more = more & (run + size <= self.ahead)
             run = run + size * more
-        run = run + np.floor((self.ahead - run) / self.block) * self.block * more
-        for matrix in self.in_order[:3]:
-            more = more & (run + matrix <= self.ahead)
-            run = run + matrix * more
+        left = (np.maximum(alive.chunk - 1.0 + turn, 0.0) if not closing else -1.0) + np.zeros_like(run)
+        passed = np.floor((self.ahead - run) / self.block) * more
+        beyond = forward & (passed >= left)
+        shut = beyond & (alive.onward > 1) & (run + np.maximum(left, 0) * self.block + self.words > self.ahead)
+        run = run + np.where(shut, np.maximum(left, 0.0), passed) * self.block * more
+        more = more & ~shut
+        for matrix, onward in zip(self.in_order[:3], self.matrices[:0:-1], strict=True):
+            size = np.where(beyond, onward, matrix)
+            more = more & (run + size <= self.ahead)
+            run = run + size * more
         run = np.minimum(run, self.all_blocks + head - self.lasting - (0.0 if turn else working))
         if closing:  # the embedding is next, if a forward pass is, or nothing
-            next_is_embedding = (alive.summed > 0) & (alive.bottom > 0) & (self.words > self.ahead)
-            run = run * ~(next_is_embedding | (self.layouts.microbatches * self.layouts.chunks == 1))
+            chunked = self.layouts.schedule >= INTERLEAVED
+            embedding = np.where(chunked, alive.onward > 1, (alive.summed > 0) & (alive.bottom > 0)) & (self.words > self.ahead)
+            run = run * ~(embedding | (self.layouts.microbatches * self.layouts.chunks == 1))
         return self.gathers * np.where(self.stay, self.every, self.lasting + working + run)
 
     def fill(self, first: Array, elements: Array) -> tuple[Array, Array, list[Array]]:
@@ -185,8 +192,8 @@ class Sizes:
         # a weight too large for a bucket goes alone, piece by piece, on its way to the host as a copy
         pieces = np.floor(self.bucket / self.share) + 1
         piece = np.where((self.shards > 1) & (pieces > 1) & (self.stage < 3), w * np.minimum(words, pieces * self.share), 0.0)
-        copied = w * words * ((self.stage < 3) & (self.offload >= 1))
-        self.piece = np.maximum(piece + 4.0 * self.share * np.where(self.stage == 3, twice, 1.0), copied)
+        self.copied = w * words * ((self.stage < 3) & (self.offload >= 1))
+        self.piece = piece + 4.0 * self.share * np.where(self.stage == 3, twice, 1.0)
         self.too_large = words > self.bucket
         # the head's own gradient, if it is larger than a bucket, is summed at once, and let go of with the next bucket
         self.large = self.alone * (self.too_large & (self.stage < 3))

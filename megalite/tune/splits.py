@@ -56,6 +56,7 @@ class Alive:
     waiting: Array  # hidden states that were received: its gradient, and inputs and gradients of others that came early
     summed: Array  # blocks have been back before in this step
     ended: Array  # so have the embedding or the head of the rank
+    onward: Array  # its next chunk goes forward, which is 2 with the embedding; 0: it goes back, or there is one chunk
 
 
 Kind = tuple[int, int, int, int, tuple[int, ...]]  # blocks, embed, head, place, blocks of each chunk
@@ -94,10 +95,13 @@ def flying(layouts: Layouts, split: Split) -> dict[str, Alive]:
     more = 1.0 * (m > held)  # then gradients have been summed when a rank is fullest
     later = held - (m > 1) * (1 - more)
     nothing = np.zeros_like(split.blocks)
-    waiting = np.maximum(more, 1 - split.head) * (layouts.pp > 1)  # where a pipeline ends and there is no gradient, the next microbatch
+    waiting = np.maximum(more, 1 - split.head) * (layouts.pp > 1)  # where a pipeline ends and no gradient comes, the one before
     first, second = (
         np.stack(
-            [num * split.blocks, num + nothing, num * split.head, split.blocks, nothing, split.head, split.embed, waiting, summed, summed]
+            [
+                *(num * split.blocks, num + nothing, num * split.head, split.blocks, nothing, split.head, split.embed),
+                *(waiting, summed, summed, nothing),
+            ]
         )
         for num, summed in ((held, more + nothing), (later, (m > 1) + nothing))
     )
@@ -117,8 +121,9 @@ def _follow(layouts: Layouts, split: Split) -> Array:
     breadth = layouts.schedule > INTERLEAVED
     rounds = np.where(breadth, 1, np.maximum(1, layouts.microbatches // layouts.pp))
     group, rounds = layouts.microbatches // rounds, np.where(breadth, 0, np.minimum(rounds, ROUNDS))
-    keys, back = np.unique((split.pipeline << 40) + (layouts.pp << 24) + (group << 2) + rounds, return_inverse=True)
-    table = [_followed(split, at, int(layouts.pp[at]), int(group[at]), int(rounds[at])) for at in _firsts(back, len(keys))]
+    kind = 2 * (layouts.recompute == 2) + (layouts.stage == 3)
+    keys, back = np.unique((split.pipeline << 44) + (layouts.pp << 28) + (group << 4) + (kind << 2) + rounds, return_inverse=True)
+    table = [_followed(split, at, int(layouts.pp[at]), int(group[at]), int(rounds[at]), int(kind[at])) for at in _firsts(back, len(keys))]
     return np.ascontiguousarray(np.stack(table, axis=-1))[..., back.ravel()]
 
 
@@ -129,25 +134,30 @@ def _firsts(back: Array, num: int) -> list[int]:
     return first.tolist()
 
 
-def _followed(split: Split, row: int, pp: int, group: int, rounds: int) -> Array:
+def _followed(split: Split, row: int, pp: int, group: int, rounds: int, kind: int) -> Array:
     """(states, fields, kinds)"""
     chunks, ends = split.chunks[split.pipeline[row]], zip(split.embed[:, row], split.head[:, row], split.place[:, row], strict=True)
     ranks = [
-        _unit_by_unit(sizes, bool(embed), bool(head), pp, int(place), group, rounds)
+        _unit_by_unit(sizes, bool(embed), bool(head), pp, int(place), (group, rounds), full=kind > 1, streams=kind % 2 > 0)
         for sizes, (embed, head, place) in zip(chunks, ends, strict=True)
     ]
     return np.array(ranks).transpose(1, 2, 0)
 
 
 @functools.lru_cache(maxsize=65536)
-def _unit_by_unit(sizes: tuple[int, ...], embed: bool, head: bool, pp: int, place: int, group: int, rounds: int) -> tuple[Any, ...]:
-    """The states of a rank with chunks of so many blocks, and `group` microbatches a round; no rounds: all microbatches go forward through
-    all chunks first (looped)."""
-    v, total = len(sizes), group * max(rounds, 1) * len(sizes)
+def _unit_by_unit(
+    sizes: tuple[int, ...], embed: bool, head: bool, pp: int, place: int, rounds: tuple[int, int], *, full: bool, streams: bool
+) -> tuple[Any, ...]:
+    """The states of a rank with chunks of so many blocks; `rounds`: microbatches in a round, and rounds, or none if all microbatches go
+    forward through all chunks first (looped). `full`: of a block a hidden state is kept, as between chunks, and not many times that;
+    `streams`: weights come and go.
+    """
+    group, many = rounds
+    v, total = len(sizes), group * max(many, 1) * len(sizes)
     turns, size = np.arange(total), np.asarray(sizes)
     chunk = turns // group % v  # of each forward
     going = v - 1 - chunk  # of each backward
-    started = np.minimum((v - 1) * group + 2 * (pp - place - 1) + 1 + turns, total) if rounds else np.full(total, total)
+    started = np.minimum((v - 1) * group + 2 * (pp - place - 1) + 1 + turns, total) if many else np.full(total, total)
 
     def alive(forward: Array, backward: Array) -> Array:
         return _sums(forward)[started] - _sums(backward)[:-1]
@@ -155,17 +165,22 @@ def _unit_by_unit(sizes: tuple[int, ...], embed: bool, head: bool, pp: int, plac
     top, bottom = (going == v - 1) * head, (going == 0) * embed
     blocks, units, heads = alive(size[chunk], size[going]), started - turns, alive((chunk == v - 1) * head, top)
     summed, ended = (np.concatenate([[False], np.logical_or.accumulate(each)[:-1]]) for each in (size[going] > 0, (top + bottom) > 0))
-    inputs, grads = _early(v, pp, place, group, total) if rounds else (0, max(group - pp + 1, 1) if place == pp - 1 else 1)
+    inputs, grads = _early(v, pp, place, group, total) if many else (0, max(group - pp + 1, 1) if place == pp - 1 else 1)
     ahead = _sums(1 - (chunk == 0) * embed)
     waiting = ahead[np.minimum(started + inputs, total)] - ahead[started]
-    grads = grads + (turns < group - 1) * (bool(rounds) & (place == pp - 2) & (group < pp))  # such a rank waits once, and is behind then
+    grads = grads + (turns < group - 1) * (bool(many) & (place == pp - 2) & (group < pp))  # such a rank waits once, and is behind then
     ahead = _sums(1 - top)
     waiting = waiting + ahead[np.minimum(turns + grads, total)] - ahead[turns]
     behind = size[::-1].cumsum()[::-1] - size
-    fields = np.stack([blocks, units, heads, size[going], behind[going], top, bottom, waiting, summed, ended]).astype(float)
+    onward = (started < total) * (1 + (np.append(chunk, 1)[started] == 0) * embed)
+    fields = np.stack([blocks, units, heads, size[going], behind[going], top, bottom, waiting, summed, ended, onward]).astype(float)
     held = units + waiting
-    first = ((blocks * 2 * (total + 1) + held) * 2 + summed) * 2 + ended
-    later = ((blocks * 2 + ended) * 2 + summed) * 2 * (total + 1) + held  # sums of the ends weigh more than a hidden state
+    weight = blocks + held if full else blocks * 2 * (total + 1) + held
+    # an embedding is in the way of what would be fetched ahead; most of it where a forward is near
+    fetched = ((onward == 1) * (max(sizes) - size[going]) + (onward < 2)) * streams
+    first = ((weight * (max(sizes) + 2) + fetched) * 2 + summed) * 2 + ended
+    # sums of the ends weigh more than a hidden state
+    later = (((blocks + held if full else blocks) * 2 + ended) * 2 + summed) * 2 * (total + 1) + held
 
     def fullest(there: Array, rank: Array = first) -> int:
         return int(np.where(there, rank, -1).argmax())
