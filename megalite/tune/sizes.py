@@ -180,8 +180,8 @@ class Sizes:
         # made when a backward pass has its first gradient: of the head's norm, of BERT's, or of a bias added after a sum
         early = (self.layouts.tp > 1) & np.asarray(self.shape.bias, bool) | np.asarray(self.shape.bert, bool)
         self.late = np.where(early, 0.0, self.buckets)
-        made = (self.stage < 3) & ((self.offload == 0) | (self.layouts.microbatches > 1))  # one microbatch goes straight to the host
-        self.sum_blocks, self.sum_ends = (made * 4.0 / self.shards * size for size in (self.split.blocks * self.block, self.ends))
+        each = (self.stage < 3) * 4.0 / self.shards
+        self.sum_blocks, self.sum_ends = each * (self.split.blocks * self.block), each * self.ends
         self.sums_of_all = self.sum_blocks + self.sum_ends
         # elements of the vocabulary's weight, and of a block's largest matrix, that are this rank's
         self.share = words / self.shards
