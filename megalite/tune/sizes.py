@@ -136,7 +136,7 @@ class Sizes:
             there[0] = there[0] | (working > 0)
         # the rest of its block, the others of its chunk, and what comes behind it, whole blocks and then a part of one: back, or where it
         # is computed again forward to its last matrix; all the way forward where a chunk goes forward next
-        forward = (alive.onward > 0) & (lasting == 0)
+        forward = (alive.next_forward > 0) & (lasting == 0)
         run, more = np.zeros_like(lasting), np.ones_like(lasting, bool)
         for number, (matrix, other) in enumerate(zip(self.in_order, (0, 3, 2, 1), strict=True)):
             known = there[number] if number in (0, 2) else np.where(self.layouts.recompute > 0, there[other], there[number])
@@ -146,17 +146,17 @@ class Sizes:
         left = (np.maximum(alive.chunk - 1.0 + turn, 0.0) if not closing else -1.0) + np.zeros_like(run)
         passed = np.floor((self.ahead - run) / self.block) * more
         beyond = forward & (passed >= left)
-        shut = beyond & (alive.onward > 1) & (run + np.maximum(left, 0) * self.block + self.words > self.ahead)
+        shut = beyond & (alive.next_forward > 1) & (run + np.maximum(left, 0) * self.block + self.words > self.ahead)
         run = run + np.where(shut, np.maximum(left, 0.0), passed) * self.block * more
         more = more & ~shut
-        for matrix, onward in zip(self.in_order[:3], self.matrices[:0:-1], strict=True):
-            size = np.where(beyond, onward, matrix)
+        for matrix, forth in zip(self.in_order[:3], self.matrices[:0:-1], strict=True):
+            size = np.where(beyond, forth, matrix)
             more = more & (run + size <= self.ahead)
             run = run + size * more
         run = np.minimum(run, self.all_blocks + head - self.lasting - (0.0 if turn else working))
         if closing:  # the embedding is next, if a forward pass is, or nothing
             chunked = self.layouts.schedule >= INTERLEAVED
-            embedding = np.where(chunked, alive.onward > 1, (alive.summed > 0) & (alive.bottom > 0)) & (self.words > self.ahead)
+            embedding = np.where(chunked, alive.next_forward > 1, (alive.summed > 0) & (alive.bottom > 0)) & (self.words > self.ahead)
             run = run * ~(embedding | (self.layouts.microbatches * self.layouts.chunks == 1))
         return self.gathers * np.where(self.stay, self.every, self.lasting + working + run)
 

@@ -56,7 +56,7 @@ class Alive:
     waiting: Array  # hidden states that were received: its gradient, and inputs and gradients of others that came early
     summed: Array  # blocks have been back before in this step
     ended: Array  # so have the embedding or the head of the rank
-    onward: Array  # its next chunk goes forward, which is 2 with the embedding; 0: it goes back, or there is one chunk
+    next_forward: Array  # its next chunk goes forward, which is 2 with the embedding; 0: it goes back, or there is one chunk
 
 
 Kind = tuple[int, int, int, int, tuple[int, ...]]  # blocks, embed, head, place, blocks of each chunk
@@ -172,12 +172,12 @@ def _unit_by_unit(
     ahead = _sums(1 - top)
     waiting = waiting + ahead[np.minimum(turns + grads, total)] - ahead[turns]
     behind = size[::-1].cumsum()[::-1] - size
-    onward = (started < total) * (1 + (np.append(chunk, 1)[started] == 0) * embed)
-    fields = np.stack([blocks, units, heads, size[going], behind[going], top, bottom, waiting, summed, ended, onward]).astype(float)
+    next_forward = (started < total) * (1 + (np.append(chunk, 1)[started] == 0) * embed)
+    fields = np.stack([blocks, units, heads, size[going], behind[going], top, bottom, waiting, summed, ended, next_forward]).astype(float)
     held = units + waiting
     weight = blocks + held if full else blocks * 2 * (total + 1) + held
     # an embedding is in the way of what would be fetched ahead; most of it where a forward is near
-    fetched = ((onward == 1) * (max(sizes) - size[going]) + (onward < 2)) * streams
+    fetched = ((next_forward == 1) * (max(sizes) - size[going]) + (next_forward < 2)) * streams
     first = ((weight * (max(sizes) + 2) + fetched) * 2 + summed) * 2 + ended
     # sums of the ends weigh more than a hidden state
     later = (((blocks + held if full else blocks) * 2 + ended) * 2 + summed) * 2 * (total + 1) + held
