@@ -88,4 +88,4 @@ def test_the_closed_form_is_near_the_engine_on_layouts_drawn_at_random(elsewhere
     few = np.flatnonzero(found.microbatches <= 8).tolist()  # more take longer and are no fuller
     drawn = [elsewhere.submit(_off_shallow, "gpt-1.3b", found.take([row])) for row in draw.sample(few, 200)]
     away = sorted(abs(each.result()) for each in drawn)
-    assert away[100] < 0.0005 and away[175] < 0.005 and away[-1] < 0.1, away
+    assert away[100] < 0.0005 and away[190] < 0.005 and away[-1] < 0.1, away
