@@ -80,6 +80,23 @@ def test_the_closed_form_is_within_half_a_percent_of_the_engine(recipe: str, wor
     assert abs(elsewhere.submit(_off, recipe, choices.read(words, batch=64, world=8)).result()) < 0.005
 
 
+@pytest.mark.parametrize(
+    ("words", "bucket", "live"),
+    [
+        pytest.param(
+            "dp2 tp2 pp4 zero1 micro4 interleaved2 offload", 200, 100, marks=pytest.mark.slow
+        ),  # fullest when sums of the embedding are there
+        ("dp2 tp2 pp2 cp2 zero3 micro8 interleaved2 full offload", 50, 100),  # a chunk that goes forward next is fetched ahead
+        pytest.param("dp2 tp2 pp2 cp2 zero1 micro4 looped3 full offload", 50, 100, marks=pytest.mark.slow),  # a head alone in its chunk
+        pytest.param("dp2 cp8 zero1 micro32 full offload", 50, 500, marks=pytest.mark.slow),  # one microbatch
+    ],
+)
+def test_the_closed_form_follows_layouts_that_once_were_off(words: str, bucket: int, live: int, elsewhere: Executor) -> None:
+    limits = {"bucket": bucket * 1_000_000, "live": live * 1_000_000}
+    layout = Layouts.of(**{**choices.read(words, batch=64, world=16).row(0), **limits})
+    assert abs(elsewhere.submit(_off_shallow, "gpt-1.3b", layout).result()) < 0.001
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_closed_form_is_near_the_engine_on_layouts_drawn_at_random(elsewhere: Executor) -> None:
