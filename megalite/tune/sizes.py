@@ -143,11 +143,11 @@ class Sizes:
             size = np.where(forward, self.matrices[3 - number], matrix * ~known) if closing else matrix * ~known
             more = more & (run + size <= self.ahead)
             run = run + size * more
-        left = (np.maximum(alive.chunk - 1.0 + turn, 0.0) if not closing else -1.0) + np.zeros_like(run)
+        left = np.maximum(alive.chunk - 1.0 + turn, 0.0) * (not closing)
         passed = np.floor((self.ahead - run) / self.block) * more
         beyond = forward & (passed >= left)
-        shut = beyond & (alive.next_forward > 1) & (run + np.maximum(left, 0) * self.block + self.words > self.ahead)
-        run = run + np.where(shut, np.maximum(left, 0.0), passed) * self.block * more
+        shut = beyond & (alive.next_forward > 1) & (run + left * self.block + self.words > self.ahead)
+        run = run + np.where(shut, left, passed) * self.block * more
         more = more & ~shut
         for matrix, forth in zip(self.in_order[:3], self.matrices[:0:-1], strict=True):
             size = np.where(beyond, forth, matrix)

@@ -83,9 +83,8 @@ def test_the_closed_form_is_within_half_a_percent_of_the_engine(recipe: str, wor
 @pytest.mark.parametrize(
     ("words", "bucket", "live"),
     [
-        pytest.param(
-            "dp2 tp2 pp4 zero1 micro4 interleaved2 offload", 200, 100, marks=pytest.mark.slow
-        ),  # fullest when sums of the embedding are there
+        # fullest when sums of the embedding are there
+        pytest.param("dp2 tp2 pp4 zero1 micro4 interleaved2 offload", 200, 100, marks=pytest.mark.slow),
         ("dp2 tp2 pp2 cp2 zero3 micro8 interleaved2 full offload", 50, 100),  # a chunk that goes forward next is fetched ahead
         pytest.param("dp2 tp2 pp2 cp2 zero1 micro4 looped3 full offload", 50, 100, marks=pytest.mark.slow),  # a head alone in its chunk
         pytest.param("dp2 cp8 zero1 micro32 full offload", 50, 500, marks=pytest.mark.slow),  # one microbatch

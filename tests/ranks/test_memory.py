@@ -138,6 +138,12 @@ def test_only_microbatches_in_flight_have_receive_buffers() -> None:
     assert (first, last) == (1, 8)
 
 
+def test_chunks_receive_when_the_step_ends_that_sends() -> None:
+    """By torch's own order the last rank has a sixth."""
+    first, last = launch.run_ranks(2, functools.partial(_most_buffers, schedule="interleaved"), warm=("megalite.engine",))
+    assert (first, last) == (3, 5)
+
+
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     build = functools.partial(_build, config=_config(**asked["mesh"]), stage=asked["stage"])

@@ -25,6 +25,10 @@ def _computations(v: int, pp: int, num: int, looped: bool) -> dict[int, list[Any
     return {rank: order._calculate_single_rank_operations(schedule, rank) for rank in range(pp)}  # type: ignore[arg-type]
 
 
+def _said(action: Any) -> tuple[str, int, int | None]:
+    return action.computation_type.name, action.stage_index, action.microbatch_index
+
+
 def _draw(draw: random.Random, *, looped: bool) -> tuple[int, int, int]:
     """Chunks, ranks, microbatches."""
     while True:
@@ -42,12 +46,9 @@ def test_transfers_can_be_made_one_after_the_other(looped: bool) -> None:
     for _ in range(40):
         v, pp, num = _draw(draw, looped=looped)
         computations = _computations(v, pp, num, looped)
-        left = {rank: [(a.computation_type.name, a.stage_index, a.microbatch_index) for a in actions]
-                for rank, actions in exchanged(computations, v * pp).items()}  # fmt: skip
+        left = {rank: [_said(action) for action in actions] for rank, actions in exchanged(computations, v * pp).items()}
         for rank, actions in computations.items():
-            assert [each for each in left[rank] if each[0] in NEEDS] == [
-                (a.computation_type.name, a.stage_index, a.microbatch_index) for a in actions if a
-            ]
+            assert [each for each in left[rank] if each[0] in NEEDS] == [_said(action) for action in actions if action]
         came: set[tuple[str, int, int | None]] = set()
         while any(left.values()):
             before = sum(map(len, left.values()))
