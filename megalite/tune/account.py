@@ -55,7 +55,7 @@ class _Account(Sizes):
         """What is there beside what is at work. Buckets of ZeRO 0 to 2, of which two overlap, are made for each backward pass."""
         found = dict(self.always)
         top: Any = 0.0 if turn else alive.top  # the head has gone back
-        gone = top * (alive.chunk > 0) if closing else top  # what it was made of; received, if it is alone, and there until its end
+        gone = top * alive.bottom if closing else top  # what it was made of; received, if it is alone, and there until its end
         found["activations"] = (
             alive.blocks * self.kept + (alive.units + alive.waiting - gone) * self.hidden + (alive.heads - top) * self.head
         )
@@ -67,8 +67,7 @@ class _Account(Sizes):
         found["buckets"] = self.with_buckets
         ended = np.maximum(alive.ended, np.maximum(alive.top, alive.bottom) if closing else alive.top * self.large)
         found["gradients"] = found["gradients"] + self.sums(alive.summed, ended) + self.waiting
-        if not (flushed or closing):
-            found["gradients"] += alive.top * self.held_on
+        found["gradients"] += alive.top * self.held_on * (alive.chunk > 0)
         return found
 
     def turn(self, alive: Alive) -> Parts:
@@ -110,7 +109,7 @@ class _Account(Sizes):
         left = np.select(
             [out, up, down],
             [
-                self.whole + w * self.matrices[3],
+                2 * self.hidden + w * self.matrices[3],
                 block - mlp - residual + self.row * self.heads + w * self.matrices[2],
                 block - mlp + self.whole + w * self.matrices[1],
             ],
@@ -118,13 +117,17 @@ class _Account(Sizes):
         )
         found = self._state(replace(alive, summed=np.ones_like(self.own)))
         found["activations"] = found["activations"] - (blocks + 1) * self.kept
+        # what may be fetched ahead ends with the blocks, where the embedding is next and does not fit
+        ends = (alive.bottom > 0) & (alive.behind == 0) & (self.words > self.ahead)
+        rest = (alive.chunk - blocks) * self.block - np.select([out, up, down], [self.up_to[2], self.up_to[1], self.up_to[0]])
+        found["gathered"] = np.where(ends, np.minimum(found["gathered"], self.gathers * (self.lasting + rest)), found["gathered"])
         found["working"] = self.coming + left + self._copies(filled, mine=self.part)
         return _where(there, found)
 
     def large_head(self, alive: Alive) -> Parts:
         """A head's gradient that is too large for a bucket goes to the other ranks before a block goes back."""
         found = self._state(alive)
-        found["working"] = self.hidden + np.maximum(self.piece, self.copied) + self.width * self.words * (self.stage % 3 == 0)
+        found["working"] = self.hidden + np.maximum(self.piece, self.copied) + self.width * self.words * (self.stage == 3)
         return _where(self.too_large & (self.alone * alive.top * alive.chunk > 0), found)
 
     def closing(self, alive: Alive) -> Parts:
@@ -135,8 +138,11 @@ class _Account(Sizes):
         first = alive.top * self.alone * words
         all_of_it = alive.chunk * self.block + first * (1.0 - self.too_large)
         rest = np.where(all_of_it > self.bucket, all_of_it % self.filled, all_of_it) + alive.bottom * self.shape.embed_whole
-        mine = ((self.shards == 1) | (alive.bottom > 0) | (alive.behind == 0)) * self.part  # some rank owns of a first or last chunk
-        before = self._copies(rest, mine=np.where((first > 0) & ~self.too_large, self.share, mine))
+        mine = (
+            (alive.chunk > 0) * ((self.shards == 1) | (alive.bottom > 0) | (alive.behind == 0)) * self.part
+        )  # some rank owns of a first or last chunk
+        together = (first > 0) & ~self.too_large & (all_of_it <= self.bucket)
+        before = self._copies(rest, mine=np.where(together, np.maximum(mine, self.share), mine))
         piece = np.maximum(self.piece, self.copied - (1.0 - alive.ended) * self.sum_ends)  # copied before sums are made
         before = np.where((first > 0) & self.too_large & (alive.chunk == 0), w * words + piece, before)  # a head alone
         after = np.maximum(before, self._copies(words, mine=self.share) - w * words)
