@@ -104,8 +104,7 @@ def keep_gradients_of_one_rank(optimizer: Any) -> None:
 def add_biases_out_of_place() -> None:
     """Under ZeRO-3, DeepSpeed's own linear does the product and then adds the bias to it in place.
 
-    Selective recomputation keeps the product; with DeepSpeed 0.19.8 the bias was in it already when it was added again, and nothing
-    complained.
+    Selective recomputation keeps the product; with DeepSpeed 0.19.8 the bias is in it already when it is added again.
     """
 
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

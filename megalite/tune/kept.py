@@ -34,14 +34,14 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     if not runtime.flash:
         heads = ceil(shape.heads, t) * layouts.micro * 1.0 * shape.sequence**2
         whole = whole + heads * (2 * w + 1)  # scores before and after dropout, and its mask
-    products = np.where(t > 1, 2.0 * d, 0)  # before they are summed over ranks; they are whole, their sums may be cut
-    exchanges = np.where(layouts.cp > 1, columns + mixed, 0)
     attention = mixed + 4.0 / w * ceil(shape.heads, t)  # what it puts out, and a number in fp32 for every row
-    dear = tokens * w * (d / share + columns + attention + products + 2.0 * d / share + shape.ups * f + exchanges)
+    # attention's projection, and, where a norm follows that saves it, the MLP's; behind exchanges what came, and not what was sent
+    results = (1.0 + np.asarray(shape.bert)) * d / share
+    dear = tokens * w * (d / share + columns + attention + results + shape.ups * f + exchanged)
     entry = tokens * w * d / share
     kept = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [entry + 0 * whole, dear], whole)
-    # norms, their sum, GELU; what attention's projection gave is added to the block's input and let go, as is what has been exchanged
-    passed = d / share + np.where(t > 1, d, 0) + exchanged / np.maximum(mixed, 1) * columns if runtime.name == "megalite" else 0.0
+    # norms, their sum, GELU; what attention's projection gave is added to the block's input and let go
+    passed = d / share if runtime.name == "megalite" else 0.0
     cheap = tokens * (w * (3.0 * d / share + rotated + activation - shape.ups * f - passed) + 4 * 4.0 / share) + turned
     again = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [whole - kept, cheap], 0.0)
     return kept, again
