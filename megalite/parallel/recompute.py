@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from functools import partial, reduce
-from operator import or_
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from megalite_kernels import operators  # pyright: ignore[reportMissingImports] 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from megalite.parallel import tensor  # noqa: F401  registers gathered_linear
@@ -80,13 +79,18 @@ class _Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        made_of = reduce(or_, (self.made_of.get(_storage(each), 0) for each in _tensors((args, kwargs))), 0)
+        if func.is_view:  # of a storage that is known
+            return found
+        made_of = 0
+        for place in _storages((args, kwargs) if kwargs else args):
+            made_of |= self.made_of.get(place, 0)
         if func in SENT:
             self._drop(made_of & ~self.asked)  # what goes to other ranks goes nowhere else
         if func in KEPT:
             made_of = 1 << len(self.kept)
             self.kept.append((func, tree_map_only(Tensor, Tensor.detach, found)))
-        self.made_of.update((_storage(each), made_of) for each in _tensors(found))
+        for place in _storages((found,)):
+            self.made_of[place] = made_of
         return found
 
 
@@ -119,8 +123,15 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    return (each for each in tree_iter(values) if isinstance(each, Tensor))
+def _storages(values: Iterable[Any]) -> Iterator[int]:
+    """Of the tensors in there; written out, for this is passed by every operation."""
+    for each in values:
+        if isinstance(each, Tensor):
+            yield each.untyped_storage()._cdata
+        elif isinstance(each, (tuple, list)):
+            yield from _storages(each)
+        elif isinstance(each, dict):
+            yield from _storages(each.values())
 
 
 def _contexts() -> tuple[_Keep, _Recall]:

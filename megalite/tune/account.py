@@ -104,7 +104,7 @@ class _Account(Sizes):
         w, first = self.width, alive.top * self.alone * self.words
         filled, blocks, (down, up, out) = self.fill(np.where(first <= self.bucket, first, 0.0), self.bucket)
         there = blocks < alive.chunk
-        block = self.kept + self.again - self.hidden * (blocks > 0)
+        block = self.kept + self.computed - self.hidden * (blocks > 0)
         mlp, residual = self.mlp, self.hidden
         left = np.select(
             [out, up, down],

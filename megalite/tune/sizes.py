@@ -29,7 +29,7 @@ class Sizes:
         self.stage, self.offload, self.shards = layouts.stage, layouts.offload, layouts.shards.astype(float)
         self.selective = layouts.recompute == SELECTIVE
         self._weigh(layouts.tp)
-        self.kept, self.again = block_kept(shape, layouts, runtime)
+        self.kept, self.computed = block_kept(shape, layouts, runtime)
         self._keep(layouts.tp)
         self._pass(alive["turn"])
         self.always = self._always(runtime)
@@ -118,9 +118,6 @@ class Sizes:
         self.ahead = np.where(none, np.maximum(np.minimum(self.bucket, live - np.maximum(least, head)), 0.0), self.bucket)
         moved = (self.stage == 3) & ((self.shards > 1) | (self.offload == 2))  # one rank has them whole, unless the host has
         self.gathers = self.width * moved
-        # by DeepSpeed's own linear, where weights come and go, the second run leaves a hidden state less behind, two if sequences are cut
-        freed = (1 + self.cut) * self.hidden
-        self.computed = self.again - np.where(moved & ~self.stay & self.selective, freed, 0.0)
 
     def gathered(self, alive: Alive, *, turn: bool = False, closing: bool = False) -> Array:
         """Bytes of weights that ZeRO-3 holds beside its shard: what lasts, what is at work, and what comes next on the way back."""
