@@ -51,11 +51,11 @@ class _Account(Sizes):
             return either * self.sums_of_all
         return np.where(self.shape.tied, summed * self.sum_blocks + ended * self.sum_ends, either * self.sums_of_all)
 
-    def _state(self, alive: Alive, *, turn: bool = False, flushed: bool = False, closing: bool = False) -> Parts:
+    def _state(self, alive: Alive, *, turn: bool = False, closing: bool = False) -> Parts:
         """What is there beside what is at work. Buckets of ZeRO 0 to 2, of which two overlap, are made for each backward pass."""
         found = dict(self.always)
         top: Any = 0.0 if turn else alive.top  # the head has gone back
-        gone = top * alive.bottom if closing else top  # what it was made of; received, if it is alone, and there until its end
+        gone = top * alive.bottom if closing else top  # what the head was made of; but what a chunk received stays until its end
         found["activations"] = (
             alive.blocks * self.kept + (alive.units + alive.waiting - gone) * self.hidden + (alive.heads - top) * self.head
         )
@@ -66,8 +66,8 @@ class _Account(Sizes):
         found["gathered"] = self.at_end if closing else self.at_deep
         found["buckets"] = self.with_buckets
         ended = np.maximum(alive.ended, np.maximum(alive.top, alive.bottom) if closing else alive.top * self.large)
-        found["gradients"] = found["gradients"] + self.sums(alive.summed, ended) + self.waiting
-        found["gradients"] += alive.top * self.held_on * (alive.chunk > 0)
+        held_on = alive.top * self.held_on * (alive.chunk > 0)  # of a head that is alone, `closing` counts it
+        found["gradients"] = found["gradients"] + self.sums(alive.summed, ended) + self.waiting + held_on
         return found
 
     def turn(self, alive: Alive) -> Parts:
@@ -78,7 +78,7 @@ class _Account(Sizes):
         return found
 
     def deep(self, alive: Alive, *, flushed: bool = False) -> Parts:
-        found = self._state(alive, flushed=flushed)
+        found = self._state(alive)
         late: Any = 0.0 if flushed else np.where(alive.top > 0, 0.0, self.late)
         work = self.computed + np.maximum(self.first - late, self.after)
         found["working"] = np.where(alive.chunk > 0, self.coming + np.maximum(work, self.exchanged - late), 0.0)
@@ -138,11 +138,10 @@ class _Account(Sizes):
         first = alive.top * self.alone * words
         all_of_it = alive.chunk * self.block + first * (1.0 - self.too_large)
         rest = np.where(all_of_it > self.bucket, all_of_it % self.filled, all_of_it) + alive.bottom * self.shape.embed_whole
-        mine = (
-            (alive.chunk > 0) * ((self.shards == 1) | (alive.bottom > 0) | (alive.behind == 0)) * self.part
-        )  # some rank owns of a first or last chunk
-        together = (first > 0) & ~self.too_large & (all_of_it <= self.bucket)
-        before = self._copies(rest, mine=np.where(together, np.maximum(mine, self.share), mine))
+        owned = (self.shards == 1) | (alive.bottom > 0) | (alive.behind == 0)  # by some rank, of a first or last chunk
+        mine = (alive.chunk > 0) * owned * self.part
+        with_head = (first > 0) & ~self.too_large & (all_of_it <= self.bucket)
+        before = self._copies(rest, mine=np.where(with_head, np.maximum(mine, self.share), mine))
         piece = np.maximum(self.piece, self.copied - (1.0 - alive.ended) * self.sum_ends)  # copied before sums are made
         before = np.where((first > 0) & self.too_large & (alive.chunk == 0), w * words + piece, before)  # a head alone
         after = np.maximum(before, self._copies(words, mine=self.share) - w * words)

@@ -131,31 +131,41 @@ class Sizes:
         elif not closing:
             working = (lasting < self.matrices[0]) * self.matrices[0]
             there[0] = there[0] | (working > 0)
-        # the rest of its block, the others of its chunk, and what comes behind it, whole blocks and then a part of one: back, or where it
-        # is computed again forward to its last matrix; all the way forward where a chunk goes forward next
+        left = np.maximum(alive.chunk - 1.0 + turn, 0.0) * (not closing)  # blocks of the chunk that follow
         forward = (alive.next_forward > 0) & (lasting == 0)
-        run, more = np.zeros_like(lasting), np.ones_like(lasting, bool)
-        for number, (matrix, other) in enumerate(zip(self.in_order, (0, 3, 2, 1), strict=True)):
-            known = there[number] if number in (0, 2) else np.where(self.layouts.recompute > 0, there[other], there[number])
-            size = np.where(forward, self.matrices[3 - number], matrix * ~known) if closing else matrix * ~known
-            more = more & (run + size <= self.ahead)
-            run = run + size * more
-        left = np.maximum(alive.chunk - 1.0 + turn, 0.0) * (not closing)
-        passed = np.floor((self.ahead - run) / self.block) * more
-        beyond = forward & (passed >= left)
-        shut = beyond & (alive.next_forward > 1) & (run + left * self.block + self.words > self.ahead)
-        run = run + np.where(shut, left, passed) * self.block * more
-        more = more & ~shut
-        for matrix, forth in zip(self.in_order[:3], self.matrices[:0:-1], strict=True):
-            size = np.where(beyond, forth, matrix)
-            more = more & (run + size <= self.ahead)
-            run = run + size * more
-        run = np.minimum(run, self.all_blocks + head - self.lasting - (0.0 if turn else working))
+        come = self._ahead(there, left, forward, alive.next_forward > 1, closing=closing)
+        come = np.minimum(come, self.all_blocks + head - self.lasting - (0.0 if turn else working))
         if closing:  # the embedding is next, if a forward pass is, or nothing
             chunked = self.layouts.schedule >= INTERLEAVED
             embedding = np.where(chunked, alive.next_forward > 1, (alive.summed > 0) & (alive.bottom > 0)) & (self.words > self.ahead)
-            run = run * ~(embedding | (self.layouts.microbatches * self.layouts.chunks == 1))
-        return self.gathers * np.where(self.stay, self.every, self.lasting + working + run)
+            come = come * ~(embedding | (self.layouts.microbatches * self.layouts.chunks == 1))
+        return self.gathers * np.where(self.stay, self.every, self.lasting + working + come)
+
+    def _ahead(self, there: list[Array], left: Array, forward: Array, embedding: Array, *, closing: bool) -> Array:
+        """Elements that are fetched ahead: weights in the order of their use, until one does not fit.
+
+        Of the block that goes back what is not `there`, the blocks that are `left` of its chunk, and what comes behind the chunk: blocks on
+        their way back, or where it is computed again forward to its last matrix; all the way `forward` where a chunk goes forward next,
+        which may begin with the embedding.
+        """
+        come, more = np.zeros_like(self.ahead), np.ones_like(self.stay)
+
+        def fetch(size: Array) -> None:
+            nonlocal come, more
+            more = more & (come + size <= self.ahead)
+            come = come + size * more
+
+        for number, (matrix, other) in enumerate(zip(self.in_order, (0, 3, 2, 1), strict=True)):
+            known = there[number] if number in (0, 2) else np.where(self.layouts.recompute > 0, there[other], there[number])
+            fetch(np.where(forward, self.matrices[3 - number], matrix * ~known) if closing else matrix * ~known)
+        blocks = np.floor((self.ahead - come) / self.block) * more
+        beyond = forward & (blocks >= left)
+        shut = beyond & embedding & (come + left * self.block + self.words > self.ahead)
+        come = come + np.where(shut, left, blocks) * self.block * more
+        more = more & ~shut
+        for matrix, forth in zip(self.in_order[:3], self.matrices[:0:-1], strict=True):
+            fetch(np.where(beyond, forth, matrix))
+        return come
 
     def fill(self, first: Array, elements: Array) -> tuple[Array, Array, list[Array]]:
         """Whole blocks and whole matrices of the next one that come before so many elements are exceeded, and the elements they are."""
@@ -192,7 +202,7 @@ class Sizes:
         self.copied = w * words * ((self.stage < 3) & (self.offload >= 1))
         self.piece = piece + 4.0 * self.share * np.where(self.stage == 3, twice, 1.0)
         self.too_large = words > self.bucket
-        # the head's own gradient, if it is larger than a bucket, is summed at once, and let go of with the next bucket
+        # the head's own gradient, if it is larger than a bucket, is summed at once, and stays until its backward pass ends
         self.large = self.alone * (self.too_large & (self.stage < 3))
         self.waiting, self.held_on = w * words * self.both * self.padded, w * words * self.large
         self.plain = 1.0 * (self.stage < 3)
