@@ -66,8 +66,7 @@ class _Account(Sizes):
         found["gathered"] = self.at_end if closing else self.at_deep
         found["buckets"] = self.with_buckets
         ended = np.maximum(alive.ended, np.maximum(alive.top, alive.bottom) if closing else alive.top * self.large)
-        held_on = alive.top * self.held_on * (alive.chunk > 0)  # of a head that is alone, `closing` counts it
-        found["gradients"] = found["gradients"] + self.sums(alive.summed, ended) + self.waiting + held_on
+        found["gradients"] = self.waiting + self.sums(alive.summed, ended) + alive.top * self.held_on
         return found
 
     def turn(self, alive: Alive) -> Parts:
@@ -102,7 +101,8 @@ class _Account(Sizes):
     def reduction(self, alive: Alive) -> Parts:
         """The first bucket is full."""
         w, first = self.width, alive.top * self.alone * self.words
-        filled, blocks, (down, up, out) = self.fill(np.where(first <= self.bucket, first, 0.0), self.bucket)
+        together = np.where(first <= self.bucket, first, 0.0)
+        filled, blocks, (down, up, out) = self.fill(together, self.bucket)
         there = blocks < alive.chunk
         block = self.kept + self.computed - self.hidden * (blocks > 0)
         mlp, residual = self.mlp, self.hidden
@@ -119,8 +119,8 @@ class _Account(Sizes):
         found["activations"] = found["activations"] - (blocks + 1) * self.kept
         # what may be fetched ahead ends with the blocks, where the embedding is next and does not fit
         ends = (alive.bottom > 0) & (alive.behind == 0) & (self.words > self.ahead)
-        rest = (alive.chunk - blocks) * self.block - np.select([out, up, down], [self.up_to[2], self.up_to[1], self.up_to[0]])
-        found["gathered"] = np.where(ends, np.minimum(found["gathered"], self.gathers * (self.lasting + rest)), found["gathered"])
+        rest = self.lasting + alive.chunk * self.block + together - filled
+        found["gathered"] = np.where(ends, np.minimum(found["gathered"], self.gathers * rest), found["gathered"])
         found["working"] = self.coming + left + self._copies(filled, mine=self.part)
         return _where(there, found)
 
@@ -143,7 +143,7 @@ class _Account(Sizes):
         with_head = (first > 0) & ~self.too_large & (all_of_it <= self.bucket)
         before = self._copies(rest, mine=np.where(with_head, np.maximum(mine, self.share), mine))
         piece = np.maximum(self.piece, self.copied - (1.0 - alive.ended) * self.sum_ends)  # copied before sums are made
-        before = np.where((first > 0) & self.too_large & (alive.chunk == 0), w * words + piece, before)  # a head alone
+        before = np.where((first > 0) & self.too_large & (alive.chunk == 0), w * words - self.held_on + piece, before)  # a head alone
         after = np.maximum(before, self._copies(words, mine=self.share) - w * words)
         together = self._copies(rest + words, mine=np.maximum(mine, self.share)) - w * words  # its gradient moves into the bucket
         last = np.select([self.too_large, rest + words > self.bucket], [np.maximum(before, piece), after], together)

@@ -204,7 +204,8 @@ class Sizes:
         self.too_large = words > self.bucket
         # the head's own gradient, if it is larger than a bucket, is summed at once, and stays until its backward pass ends
         self.large = self.alone * (self.too_large & (self.stage < 3))
-        self.waiting, self.held_on = w * words * self.both * self.padded, w * words * self.large
+        self.held_on = w * words * self.large
+        self.waiting = self.always["gradients"] + w * words * self.both * self.padded  # until the embedding has gone back
         self.plain = 1.0 * (self.stage < 3)
         self.filled = np.maximum(self.fill(np.zeros_like(self.own), self.bucket)[0], 1.0)
 
