@@ -83,11 +83,19 @@ def test_the_closed_form_is_within_half_a_percent_of_the_engine(recipe: str, wor
 @pytest.mark.parametrize(
     ("words", "bucket", "live"),
     [
-        # fullest when sums of the embedding are there
-        pytest.param("dp2 tp2 pp4 zero1 micro4 interleaved2 offload", 200, 100, marks=pytest.mark.slow),
-        ("dp2 tp2 pp2 cp2 zero3 micro8 interleaved2 full offload", 50, 100),  # a chunk that goes forward next is fetched ahead
-        pytest.param("dp2 tp2 pp2 cp2 zero1 micro4 looped3 full offload", 50, 100, marks=pytest.mark.slow),  # a head alone in its chunk
-        pytest.param("dp2 cp8 zero1 micro32 full offload", 50, 500, marks=pytest.mark.slow),  # one microbatch
+        ("dp1 tp8 pp2 zero3 micro16 1f1b selective sp offload-parameters", 200, 500),  # what is summed over ranks is not kept
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("dp2 tp2 pp4 zero1 micro4 interleaved2 offload", 200, 100),  # fullest when sums of the embedding are there
+                ("dp2 tp2 pp2 cp2 zero3 micro8 interleaved2 full offload", 50, 100),  # a chunk that goes forward next is fetched ahead
+                ("dp2 tp2 pp2 cp2 zero1 micro4 looped3 full offload", 50, 100),  # a head alone in its chunk
+                ("dp2 cp8 zero1 micro32 full offload", 50, 500),  # one microbatch
+                ("dp2 tp2 pp2 cp2 zero0 micro8 looped2 full", 50, 100),  # a head's gradient that is larger than a bucket
+                ("dp8 cp2 zero1 micro4 full offload", 200, 500),  # a bucket that is full before queries, keys and values
+                ("dp8 pp2 zero2 micro2 looped2 full", 200, 500),  # head and block in one bucket, and what the chunk received
+            )
+        ),
     ],
 )
 def test_the_closed_form_follows_layouts_that_once_were_off(words: str, bucket: int, live: int, elsewhere: Executor) -> None:
