@@ -29,6 +29,7 @@ from megalite import hardware, launch
 from megalite.config import Config
 from megalite.ds_config import read_document
 from megalite.models import counts
+from megalite.tune import hindsight, search
 from megalite.tune.parity import batch_of, microbatches, start_engine
 
 LINKS = {
@@ -74,7 +75,17 @@ def _work(config: Config, rank: int, *, steps: int, warm_up: int, document: dict
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
     shares = _shares(engine, dealt, first=warm_up + steps)
     name = torch.cuda.get_device_name() if cuda else _cpu()
-    return summarise(config, slowest.tolist(), world=dist.get_world_size(), device=name, memory=int(held.item()), shares=shares)
+    found = summarise(config, slowest.tolist(), world=dist.get_world_size(), device=name, memory=int(held.item()), shares=shares)
+    return {**found, "predicted": predicted(config, document, device=name, gpus=torch.cuda.device_count())}
+
+
+def predicted(config: Config, document: dict[str, Any], *, device: str, gpus: int) -> dict[str, Any] | None:
+    """What `tune` says of this run on such GPUs, `gpus` a node; None where it cannot say, as on a CPU."""
+    known = hindsight.foretell(config, document, device=device, gpus=gpus)
+    if known is None:
+        return None
+    low, high = search.interval(known.seconds, known.spread)
+    return {"seconds": known.seconds, "low": float(low), "high": float(high), "memory_bytes": known.memory, "constants": known.fitted}
 
 
 def summarise(config: Config, seconds: list[float], *, world: int, device: str, memory: int, shares: dict[str, float]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ interval. On a CPU and on a GPU that clusters.yaml does not know there is no pre
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +53,44 @@ def kind_of(device: str) -> str | None:
     return next((name for name, kind in cluster.table().items() if gpu and kind["gpu"] == gpu.name), None)
 
 
-def beside(config: Config, document: dict[str, Any], measured: dict[str, Any], *, device: str, gpus: int) -> list[str]:
-    """`measured` is a line of metrics.jsonl, `gpus` those of a node. Empty where nothing can be predicted."""
+@dataclass(frozen=True)
+class Foretold:
+    """Of a run on known GPUs, with the spreads of both (of their logarithms)."""
+
+    seconds: float  # a step
+    memory: float  # bytes of tensors on the fullest GPU; CUDA's context is beside them
+    spread: float
+    memory_spread: float
+    fitted: str  # what the constants were fitted to
+
+
+def foretell(config: Config, document: dict[str, Any], *, device: str, gpus: int) -> Foretold | None:
+    """`gpus` are those of a node. None where nothing can be predicted: on a CPU, on a GPU that clusters.yaml does not know."""
     kind = kind_of(device)
     if kind is None or config.train.recompute_layers is not None:
-        return []
+        return None
     gpus = min(gpus, config.mesh.world)
     machines = cluster.find(f"{max(1, config.mesh.world // gpus)}x{gpus}x{kind}")
     if machines.gpu.peak(config.train.precision) is None:
-        return []
+        return None
     layout, shape = layout_of(config, document), Shape.of(config)
     ours = search.for_precision(runtime.find("megalite", kind=kind), config)
     ranks = split(shape, layout, ours.rule)
     seconds = float(speed.total(speed.step_time(shape, layout, ranks, cluster=machines, runtime=ours), layout, machines, ours)[0])
-    # the metrics count tensors; CUDA's context is beside them
-    held = (float(memory.peak(memory.waterfall(shape, layout, ranks, ours))[0]) - ours.memory.context) / GIB
-    lines = [
-        _line("step time", measured["seconds"], seconds, ours.spread, "s"),
-        _line("memory", measured["memory_bytes"] / GIB, held, ours.memory_spread, "GiB"),
+    held = float(memory.peak(memory.waterfall(shape, layout, ranks, ours))[0]) - ours.memory.context
+    return Foretold(seconds, held, ours.spread, ours.memory_spread, ours.fitted)
+
+
+def beside(config: Config, document: dict[str, Any], measured: dict[str, Any], *, device: str, gpus: int) -> list[str]:
+    """`measured` is a line of metrics.jsonl. Empty where nothing can be predicted."""
+    found = foretell(config, document, device=device, gpus=gpus)
+    if found is None:
+        return []
+    return [
+        _line("step time", measured["seconds"], found.seconds, found.spread, "s"),
+        _line("memory", measured["memory_bytes"] / GIB, found.memory / GIB, found.memory_spread, "GiB"),
+        f"             by constants of: {found.fitted}",
     ]
-    return [*lines, f"             by constants of: {ours.fitted}"]
 
 
 def _line(what: str, truth: float, predicted: float, spread: float, unit: str) -> str:

@@ -9,6 +9,7 @@ import csv
 import html
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,22 @@ from megalite.hardware import GIB
 
 COLUMNS = (
     "name", "layout", "status", "device", "ranks", "step_s", "deviation_s", "tokens_per_second_per_gpu", "tflops_per_gpu",
-    "tflops_per_gpu_causal", "mfu", "hfu", "memory_gib", "reason",
+    "tflops_per_gpu_causal", "mfu", "hfu", "memory_gib", "predicted_step_s", "predicted_memory_gib", "reason",
 )  # fmt: skip
 
 
 def row(result: dict[str, Any]) -> dict[str, Any]:
     """A result as a flat line of a table; figures that a failed run has not are None."""
     seconds = result.get("seconds", {})
-    memory = result.get("memory_bytes")
+    memory, known = result.get("memory_bytes"), result.get("predicted") or {}
     flat = {
         **result,
         "status": result.get("status", "ok"),
         "step_s": seconds.get("median"),
         "deviation_s": seconds.get("deviation"),
         "memory_gib": memory / GIB if memory else None,
+        "predicted_step_s": known.get("seconds"),
+        "predicted_memory_gib": known["memory_bytes"] / GIB if known else None,
     }
     return {name: flat.get(name) for name in COLUMNS}
 
@@ -109,7 +112,7 @@ def page(results: list[dict[str, Any]]) -> str:
     good = [entry for entry in results if entry.get("status", "ok") == "ok"]
     rate = [(f"{entry['name']}: {entry['layout']}", entry["tokens_per_second_per_gpu"]) for entry in good]
     parts = [f"<h2>Tokens a second and GPU</h2>{bars(rate, '')}" if rate else ""]
-    parts.append(_scaling(good))
+    parts += [_scaling(good), _foretold(good)]
     for entry in good:
         named = [(name, 100 * share) for name, share in entry["shares"].items()]
         parts.append(f"<h3>{html.escape(entry['layout'])}: where the time goes</h3>{bars(named, '%')}")
@@ -136,6 +139,39 @@ def _scaling(good: list[dict[str, Any]]) -> str:
             base = best[min(best)]
             found += [(f"{name} on {ranks}", 100 * value / base) for ranks, value in sorted(best.items())]
     return f"<h2>Scaling efficiency, best layout of each size</h2>{bars(found, '%')}" if found else ""
+
+
+def _foretold(good: list[dict[str, Any]]) -> str:
+    """Predicted step times across, measured ones up, on logarithmic axes of one scale: a good prediction lies on the line."""
+    known = [(entry, entry["predicted"]) for entry in good if entry.get("predicted")]
+    if not known:
+        return ""
+    seen = [value for entry, said in known for value in (entry["seconds"]["median"], said["low"], said["high"])]
+    low, high = math.log(min(seen)) - 0.1, math.log(max(seen)) + 0.1
+
+    def at(seconds: float) -> float:
+        return 400 * (math.log(seconds) - low) / (high - low)
+
+    marks = ['<rect width="400" height="400" fill="none" stroke="#ccc"/><path d="M0 400L400 0" stroke="#999" stroke-dasharray="4"/>']
+    for entry, said in known:
+        truth, x = entry["seconds"]["median"], at(said["seconds"])
+        y = 400 - at(truth)
+        name = f"{entry['name']}: {entry['layout']}: {truth:.4g} s, predicted {said['seconds']:.4g}"
+        marks.append(
+            f'<g><title>{html.escape(name)}</title><path d="M{at(said["low"]):.1f} {y:.1f}H{at(said["high"]):.1f}" stroke="#4878a8"/>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#4878a8"/></g>'
+        )
+    ends = "".join(
+        f'<text x="{x}" y="418" text-anchor="{side}">{math.exp(value):.3g} s</text>'
+        for x, side, value in ((0, "start", low), (400, "end", high))
+    )
+    off = [(f"{entry['name']}: {entry['layout']}", 100 * said["seconds"] / entry["seconds"]["median"]) for entry, said in known]
+    fitted = html.escape("; ".join(sorted({said["constants"] for _, said in known})))
+    return (
+        "<h2>Predicted against measured</h2><p>Seconds a step: predicted across, with the 80 % interval, and measured up.</p>"
+        f'<svg width="420" height="430" role="img">{"".join(marks)}{ends}</svg><h3>Predicted over measured</h3>{bars(off, "%")}'
+        f"<p>Constants: {fitted}</p>"
+    )
 
 
 def bars(values: list[tuple[str, float]], unit: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from megalite import config as settings
 from megalite.errors import UserError
 from megalite.models import counts
 from megalite.tune import benching, cases, network, report
-from megalite.tune.bench import layout, summarise
+from megalite.tune.bench import layout, predicted, summarise
 
 
 def _result(seconds: list[float], *, device: str = "NVIDIA H100 80GB HBM3", **overrides: object) -> dict[str, object]:
@@ -54,6 +55,26 @@ def test_results_are_written_in_four_forms_and_read_back(tmp_path: Path) -> None
     page = (tmp_path / "results.html").read_text()
     assert "heads &lt;16&gt;" in page and "<svg" in page and "http" not in page
     assert "heads <16> / no" in (tmp_path / "results.md").read_text()
+
+
+def test_what_was_predicted_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    config = settings.load("gpt-1.3b", overrides={"mesh": {"dp": 8}, "train": {"micro_batch": 4}})
+    document = {"zero_optimization": {"stage": 2}}
+    said = predicted(config, document, device="NVIDIA H100 80GB HBM3", gpus=8)
+    assert said is not None and said["low"] < said["seconds"] < said["high"] and "H100" in said["constants"]
+    assert predicted(config, document, device="AMD EPYC", gpus=0) is None
+    without = {**_result([2.0]), "predicted": None}
+    with_it = {**_result([2 * said["seconds"]]), "predicted": said}
+    report.write([without, with_it], tmp_path)
+    first, second = csv.DictReader((tmp_path / "results.csv").open())
+    assert first["predicted_step_s"] == "" and float(second["predicted_step_s"]) == said["seconds"]
+    assert float(second["predicted_memory_gib"]) == said["memory_bytes"] / 2**30
+    page = (tmp_path / "results.html").read_text()
+    assert "Predicted against measured" in page and page.count("<circle") == 1 and "50 %" in page
+    y, x = (float(re.findall(rf'{name}="([\d.]+)"', page)[0]) for name in ("cy", "cx"))
+    assert 400 - y > x + 20  # twice as long as predicted: above the line
+    report.write([without], tmp_path)
+    assert "Predicted against" not in (tmp_path / "results.html").read_text()
 
 
 def test_a_difference_within_the_spread_of_the_steps_is_called_so() -> None:
