@@ -107,7 +107,7 @@ def test_the_closed_form_follows_layouts_that_once_were_off(words: str, bucket: 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_closed_form_is_near_the_engine_on_layouts_drawn_at_random(elsewhere: Executor) -> None:
-    draw, config = random.Random(5), settings.load("gpt-1.3b", overrides=SHALLOW)
+    draw, config = random.Random(17), settings.load("gpt-1.3b", overrides=SHALLOW)
     found = enumerate_layouts(config, 16)
     few = np.flatnonzero(found.microbatches <= 8).tolist()  # more take longer and are no fuller
     drawn = [elsewhere.submit(_off_shallow, "gpt-1.3b", found.take([row])) for row in draw.sample(few, 200)]

@@ -39,9 +39,9 @@ def _document(stage: int, *, offload: bool) -> dict[str, Any]:
     return {"zero_optimization": zero}
 
 
-def _compare(mesh: dict[str, int], stage: int, *, offload: bool, first: bool = False) -> None:
+def _compare(mesh: dict[str, int], stage: int, *, offload: bool, first: bool = False, **train: Any) -> None:
     """The last rank, and the first one too if asked."""
-    config, document = _config(mesh), _document(stage, offload=offload)
+    config, document = _config(mesh, **train), _document(stage, offload=offload)
     there = launch.run_ranks(config.mesh.world, functools.partial(real, config=config, document=document), warm=("megalite.engine",))
     for rank in {0 if first else config.mesh.world - 1, config.mesh.world - 1}:
         pretended = trace(config, document, rank=rank, gpu=False, owners=False)
@@ -64,6 +64,13 @@ def test_a_dry_run_holds_and_sends_what_a_real_rank_does_to_the_byte(mesh: str, 
 @pytest.mark.parametrize(("mesh", "stage", "offload"), ALL)
 def test_a_dry_run_is_exact_on_the_whole_matrix(mesh: str, stage: int, offload: bool) -> None:
     _compare(MESHES[mesh], stage, offload=offload, first=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["dp 2 x tp 2", "pp 2 x tp 2"])
+def test_a_dry_run_is_exact_where_what_ranks_have_summed_is_kept(mesh: str) -> None:
+    """And activations are most of what there is."""
+    _compare(MESHES[mesh], 0, offload=False, first=True, recompute="selective", micro_batch=64, global_batch=128)
 
 
 @pytest.mark.slow
