@@ -134,7 +134,11 @@ class Sizes:
         left = np.maximum(alive.chunk - 1.0 + turn, 0.0) * (not closing)  # blocks of the chunk that follow
         forward = (alive.next_forward > 0) & (lasting == 0)
         come = self._ahead(there, left, forward, alive.next_forward > 1, closing=closing)
-        come = np.minimum(come, self.all_blocks + head - self.lasting - (0.0 if turn else working))
+        rest = self.all_blocks + head - self.lasting
+        # what is at work is not counted as ahead: where there is room for the others, all have been fetched and none goes any more
+        if not turn:
+            come = np.where(rest - self.largest <= self.ahead, rest, come)
+        come = np.minimum(come, rest - (0.0 if turn else working))
         if closing:  # the embedding is next, if a forward pass is, or nothing
             chunked = self.layouts.schedule >= INTERLEAVED
             embedding = np.where(chunked, alive.next_forward > 1, (alive.summed > 0) & (alive.bottom > 0)) & (self.words > self.ahead)
