@@ -108,6 +108,8 @@ class _Answers(TorchDispatchMode):
                 return False
             if name == "aten::equal":
                 return True
+            if name == "_c10d_functional::wait_tensor":  # puts out what it is given; torch's stand-in (2.13) a new tensor
+                return args[0]
         return func(*args, **(kwargs or {}))
 
 

@@ -78,9 +78,9 @@ class Sizes:
         self.coming = self.sending + self.hidden
         # gradients of the last product's input and weight; then of what it was made of
         self.first, second = gathered + self.row * self.f + w * self.matrices[0], self.row * self.wide
-        # the product before it. Where sequences are split: its input whole, that one's gradient twice, its part and the one that came.
-        # Else the gradient that is summed over ranks, its sum and what is handed on, while the MLP has let go
-        third = np.where(self.cut, 3 * gathered + 2 * self.hidden - second, (t > 1) * (3 * self.whole - self.mlp))
+        # the product before it. Where sequences are split: its input whole, that one's gradient twice, and its part.
+        # Else the gradient that is summed over ranks, and its sum, while the MLP has let go
+        third = np.where(self.cut, 3 * gathered + self.hidden - second, (t > 1) * (2 * self.whole - self.mlp))
         self.after = np.maximum(second, third)
         # computed again, queries, keys and values on their way to other ranks: side by side, by rank, and as they arrive
         exchanged = (layouts.cp > 1) & self.selective
