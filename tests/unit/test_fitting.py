@@ -66,7 +66,8 @@ def test_a_cluster_that_was_not_calibrated_is_predicted_as_docs_say(fitted: str,
     """By constants of another one, or by those that have seen no table: docs/design/tuning.md."""
     known = fitting.fit_time(*_mpt(fitted), runtime.DESIGN["fsdp"]) if fitted else runtime.DESIGN["fsdp"]
     runs, machines = _mpt(other)
-    assert np.abs(predict_time(runs, machines, known) / runs.seconds - 1).mean() == pytest.approx(off, abs=0.002)
+    away = np.abs(predict_time(runs, machines, known) / runs.seconds - 1).mean()
+    assert away == pytest.approx(off, abs=0.0006)  # the last digit of the page's figure
 
 
 def test_a_run_that_failed_where_as_much_ran_did_not_fail_for_want_of_memory(tmp_path: Path) -> None:
