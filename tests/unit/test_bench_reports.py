@@ -73,6 +73,8 @@ def test_what_was_predicted_stands_beside_what_was_measured(tmp_path: Path) -> N
     assert "Predicted against measured" in page and page.count("<circle") == 1 and "50 %" in page
     y, x = (float(re.findall(rf'{name}="([\d.]+)"', page)[0]) for name in ("cy", "cx"))
     assert 400 - y > x + 20  # twice as long as predicted: above the line
+    ends = re.findall(r'd="M([\d.]+) [\d.]+H([\d.]+)"', page)[0]
+    assert x == pytest.approx(sum(map(float, ends)) / 2, abs=0.11)  # in the middle of its interval; digits of the page
     report.write([without], tmp_path)
     assert "Predicted against" not in (tmp_path / "results.html").read_text()
 
