@@ -43,14 +43,12 @@ class LossScale:
             self.value, self.good_steps = self.value * 2, 0
 
 
-def complete(pieces: list[Piece], mesh: Mesh, *, replicated: bool, partial: bool, uneven: bool) -> None:
+def complete(pieces: list[Piece], mesh: Mesh, *, partial: bool, uneven: bool) -> None:
     """Add up what several ranks have parts of and ZeRO does not reduce, in place.
 
-    replicated (ZeRO 0): over the copies of the model, their mean. Tied weights: over both ends of the pipeline. partial (sequence
-    parallelism): what tensor-parallel ranks hold as copies. uneven: shards differ in size, so copies must be kept equal.
+    Tied weights: over both ends of the pipeline. partial (sequence parallelism): what tensor-parallel ranks hold as copies. uneven:
+    shards differ in size, so copies must be kept equal.
     """
-    if replicated and mesh.num_copies > 1:
-        _average([_gradient(piece) for piece in pieces], mesh.group("copies"))
     tied = [_gradient(piece) for piece in pieces if piece.tied]
     if tied and mesh.pp > 1:
         flat = torch.cat(tied).to(mesh.device)  # offloaded ones come from the host
@@ -98,13 +96,3 @@ def _sum_or_align(flat: Tensor, group: dist.ProcessGroup, *, partial: bool) -> N
 def _put(flat: Tensor, gradients: list[Tensor]) -> None:
     for gradient, value in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(value)
-
-
-def _average(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Mean over the group, all transfers in flight at once."""
-    works = [dist.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]
-    for work in works:
-        if work is not None:
-            work.wait()
-    for gradient in gradients:
-        gradient.div_(dist.get_world_size(group))

@@ -190,7 +190,7 @@ class _Chunk(nn.Module):
 
     def __init__(self, zero: Zero, number: int) -> None:
         super().__init__()
-        self.call = functools.partial(zero.engine, chunk=number)
+        self.call = functools.partial(zero.forward, chunk=number)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         return self.call(x, batch)

@@ -36,6 +36,7 @@ from megalite.mesh import Mesh
 from megalite.parallel import gradients, mends
 from megalite.parallel.gather import Gathering, Limits
 from megalite.parallel.pieces import Flat, Piece, Sharded
+from megalite.parallel.sums import Sums
 
 
 def settings(document: dict[str, Any], *, precision: str, micro_batch: int, reduce: str) -> dict[str, Any]:
@@ -48,14 +49,14 @@ def settings(document: dict[str, Any], *, precision: str, micro_batch: int, redu
     check(document)
     if offload_folder(document):
         zero["offload_optimizer"] = {"device": "cpu"}  # to DeepSpeed host memory, whose pages lie in files, see disk.py
-    # DeepSpeed 0.19.8 routes bf16 ZeRO-1 with fp32 accumulation to another optimizer, which accumulates and clips by itself, and adds up
-    # fp16 gradients in fp16; ZeRO-2 accumulates the same gradients in fp32, sharded. ZeRO 0 is ZeRO-2 over a group of one: DeepSpeed's
-    # own reports a norm of 0.
-    engine_stage = 2 if stage == 0 or (stage == 1 and precision != "fp32") else stage
+    # ZeRO 0 and 1 use the buffers of DeepSpeed's stage 2, over a group of one and over all, and sums of their own (sums.py). Stage 0 of
+    # DeepSpeed 0.19.8 reports a norm of 0; its stage 1 routes bf16 to another optimizer, which accumulates and clips by itself, and adds
+    # up fp16 gradients in fp16.
+    engine_stage = max(stage, 2)
     owned = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": reduce == "step",
+        "managed_gradient_accumulation": reduce == "step" or stage < 2,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": precision == "bf16"},
@@ -137,7 +138,7 @@ def shard(layer: nn.Module, *, configuration: dict[str, Any], mesh: Mesh, dtype:
 
 
 class Zero:
-    """A DeepSpeed engine around one stage. `engine` goes forward, `backward` back per microbatch and one `update` per step.
+    """A DeepSpeed engine around one stage. `forward` and `backward` per microbatch, and one `update` per step.
 
     `before_update(pieces)` may be set to look at the final gradients: reduced, tied copies summed, not yet clipped.
     """
@@ -163,7 +164,9 @@ class Zero:
         )
         self.inner: Any = self.engine.optimizer
         self.sharded = zero_stage == 3
-        self.once = bool(configuration["managed_gradient_accumulation"])
+        self.sums = Sums(self.inner, mesh.group("copies"), whole=zero_stage == 0) if zero_stage < 2 else None
+        self.forward = stage if self.sums else self.engine  # plain PyTorch, where DeepSpeed has nothing to do before the step ends
+        self.once = bool(configuration["managed_gradient_accumulation"]) and not self.sums
         self.before_update: Callable[[list[Piece]], None] | None = None
         self.owned = (Sharded if self.sharded else Flat)(self.inner, mesh=mesh, tied=tied, replicated=zero_stage == 0, folder=folder)
         cuts = [parameter.cut for parameter in stage.parameters()]  # type: ignore[attr-defined]
@@ -182,7 +185,8 @@ class Zero:
         self.inner.complete_grad_norm_calculation_for_cpu_offload = self.inner.get_grad_norm_direct
         self.inner.check_overflow = lambda *_, **__: setattr(self.inner, "overflow", self.overflow)
         self.inner.check_grad_overflow = True
-        mends.let_the_host_run_ahead(self.inner)
+        if not self.sums:
+            mends.let_the_host_run_ahead(self.inner)
         self.gathering: Gathering | None = None
         if self.sharded:
             self.inner.parameter_offload.fwd_pre_hook.remove()
@@ -207,6 +211,8 @@ class Zero:
         # gradient still lies. Zero, then add; counting backwards, the first one may overwrite the zeros.
         if self.sharded:
             self.inner.grad_partitions_flat_buffer.zero_()
+        if self.sums:
+            self.sums.clear()
         for buffer in self._host_sums():
             buffer.zero_()
         with self.engine.coalesce_grad_reduction() if self.once else nullcontext():
@@ -222,6 +228,9 @@ class Zero:
         A stage that is not the last passes (output * received gradient).sum(). torch.autograd.backward would enter DeepSpeed's
         hooks too, but loses microbatches in flight.
         """
+        if self.sums:
+            scalar.backward()
+            return
         if self.sharded:
             self.inner.micro_step_id = 1  # not the first: add (see `step`)
         self.engine.backward(scalar)
@@ -245,8 +254,10 @@ class Zero:
     @torch.no_grad()
     def _finish(self) -> None:
         """Between DeepSpeed's reduction and its optimizer: the missing sums, unscale, norm, clip, then the step, or none on overflow."""
+        if self.sums:
+            self.sums.reduce()
         pieces = self.pieces()
-        gradients.complete(pieces, self.mesh, replicated=self.zero_stage == 0, partial=self.partial, uneven=self.uneven)
+        gradients.complete(pieces, self.mesh, partial=self.partial, uneven=self.uneven)
         if self.scale:
             gradients.multiply(pieces, 1 / self.scale.value)
         if self.before_update is not None:

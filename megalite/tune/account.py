@@ -87,7 +87,7 @@ class _Account(Sizes):
         """The first bucket of ZeRO 0 to 2 has been full, and sums are there from then on."""
         first = alive.top * self.alone * self.words
         gone = np.floor(np.maximum(self.bucket - first * (first <= self.bucket), 0.0) / self.block) + 1
-        there = (gone < alive.chunk) & (self.stage < 3)
+        there = (gone < alive.chunk) & (self.stage == 2)
         ended = np.maximum(alive.ended, first > 0)
         after = replace(alive, blocks=alive.blocks - gone, summed=np.ones_like(self.own), ended=ended)
         return _where(there, self.deep(after, flushed=True))
@@ -103,7 +103,7 @@ class _Account(Sizes):
         w, first = self.width, alive.top * self.alone * self.words
         together = np.where(first <= self.bucket, first, 0.0)
         filled, blocks, (down, up, out) = self.fill(together, self.bucket)
-        there = blocks < alive.chunk
+        there = (blocks < alive.chunk) & ~self.once
         block = self.kept + self.computed - self.hidden * (blocks > 0)
         mlp, residual = self.mlp, self.hidden
         left = np.select(
@@ -128,7 +128,7 @@ class _Account(Sizes):
         """A head's gradient that is too large for a bucket goes to the other ranks before a block goes back."""
         found = self._state(alive)
         found["working"] = self.hidden + np.maximum(self.piece, self.copied) + self.width * self.words * (self.stage == 3)
-        return _where(self.too_large & (self.alone * alive.top * alive.chunk > 0), found)
+        return _where(self.too_large & ~self.once & (self.alone * alive.top * alive.chunk > 0), found)
 
     def closing(self, alive: Alive) -> Parts:
         """A chunk has gone back, and its last gradients go to the other ranks; the embedding's is the very last."""
@@ -146,7 +146,7 @@ class _Account(Sizes):
         before = np.where((first > 0) & self.too_large & (alive.chunk == 0), w * words - self.held_on + piece, before)  # a head alone
         after = np.maximum(before, self._copies(words, mine=self.share) - w * words)
         together = self._copies(rest + words, mine=np.maximum(mine, self.share)) - w * words  # its gradient moves into the bucket
-        last = np.select([self.too_large, rest + words > self.bucket], [np.maximum(before, piece), after], together)
+        last = np.select([self.once, self.too_large, rest + words > self.bucket], [0.0, np.maximum(before, piece), after], together)
         # the head's gradient has waited for the embedding's, and they are added up
         own = np.where(self.both > 0, np.maximum(2 * w * words, last), w * words + last)
         # a gradient for the stage before; what was before the embedding's is let go of with it

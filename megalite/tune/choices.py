@@ -11,7 +11,7 @@ from typing import Any
 from megalite.config import Config, Mesh
 from megalite.errors import UserError
 from megalite.fit import resolve_mesh
-from megalite.tune.layouts import OFFLOAD, RECOMPUTE, REDUCE, SCHEDULES, Layouts
+from megalite.tune.layouts import BUCKETS, OFFLOAD, RECOMPUTE, REDUCE, SCHEDULES, Layouts
 
 NUMBERS = {"dp": "dp", "tp": "tp", "pp": "pp", "cp": "cp", "zero": "stage", "micro": "micro", "bucket": "bucket", "live": "live"}
 PINS = {
@@ -89,13 +89,14 @@ def as_config(config: Config, row: dict[str, int], *, deepspeed: str | None = No
 
 
 def document(row: dict[str, int], config: Config) -> dict[str, Any]:
-    """The DeepSpeed JSON of that layout; for ZeRO-0 too, whose buckets DeepSpeed would make of 5e8 elements."""
+    """The DeepSpeed JSON of that layout."""
     stage, bucket = row["stage"], row["bucket"]
-    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": bucket}
-    zero["overlap_comm"] = stage > 1 or (stage == 1 and config.train.precision != "fp32")
-    if stage < 3:
-        zero["allgather_bucket_size"] = bucket
-    else:
+    zero: dict[str, Any] = {"stage": stage}
+    if stage > 1:  # below, gradients know no buckets: parallel/sums.py
+        zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": bucket}
+    if stage in (1, 2):
+        zero["allgather_bucket_size"] = max(BUCKETS)
+    if stage == 3:
         zero |= {
             "stage3_prefetch_bucket_size": bucket,
             "stage3_param_persistence_threshold": 10_000,

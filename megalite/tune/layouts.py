@@ -158,7 +158,7 @@ def _choices(config: Config, mesh: dict[str, int], pinned: dict[str, int]) -> La
         split_sequence=halved, bucket=bucket, live=live, batch=batch,
     )  # fmt: skip
     wanted = (stage == 3) | (live == live_choices[0])  # only ZeRO-3 gathers weights
-    wanted &= (stage > 0) | (bucket == BUCKETS[0])
+    wanted &= (stage > 1) | (bucket == BUCKETS[0])  # and those below 2 have no buckets
     for column, value in pinned.items():
         wanted &= getattr(found, column) == value
     return found.take(legal(config, found) & wanted)

@@ -76,8 +76,9 @@ class Runtime:
     precision: str = "bf16"
     width: int = 2  # bytes of a weight and of an activation
     gradient_width: int = 2  # bytes of a gradient on a link
-    scatters: int = 2  # from which ZeRO stage on gradients are scattered, not all-reduced
-    every: bool = False  # ZeRO-1 reduces after every microbatch
+    summed_width: int = 2  # and of one under ZeRO 0 and 1
+    scatters: tuple[int, ...] = (2, 3)  # the ZeRO stages whose gradients are scattered, not all-reduced
+    late: bool = False  # gradients that travel once a step do so when its last backward pass is over
     flash: bool = True
     state_bytes: float = 12.0  # a parameter: fp32 master weight and two moments
     constants: Constants = Constants()
@@ -89,11 +90,11 @@ class Runtime:
 
 # fmt: off
 DESIGN = {
-    # ours: parallel/zero.py; gradients travel in the weights' type, bf16 ZeRO-1 runs on DeepSpeed's stage 2
-    "megalite": Runtime("megalite", rule="cost", outer="dp", every=True),
+    # ours: gradients travel in the weights' type (DeepSpeed's stage 2 all-reduces them), and once a step in fp32: parallel/sums.py
+    "megalite": Runtime("megalite", rule="cost", outer="dp", summed_width=4, scatters=(1, 3), late=True),
     # nanotron: pipeline stages by a threshold on cost, ranks as (pp, dp, tp), fp32 gradients, ZeRO-1 scatters them
     "nanotron": Runtime(
-        "nanotron", rule="threshold", outer="pp", gradient_width=4, scatters=1,
+        "nanotron", rule="threshold", outer="pp", gradient_width=4, summed_width=4, scatters=(1, 2, 3),
         constants=Constants(launch=4e-3, launch_far=3e-3, alpha_between=1e-3),
         memory=MemoryConstants(alone=30.0, uncut=1.0, passing=2.0, fresh=0.5, update=6.0, exchange=2.0),
     ),

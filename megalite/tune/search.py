@@ -102,7 +102,7 @@ def for_precision(runtime: Runtime, config: Config) -> Runtime:
     if runtime.name != "megalite":
         return runtime
     width = 4 if config.train.precision == "fp32" else 2
-    return replace(runtime, precision=config.train.precision, width=width, gradient_width=width, every=width == 2)
+    return replace(runtime, precision=config.train.precision, width=width, gradient_width=width)
 
 
 def _blocks(num: int) -> Iterator[slice]:

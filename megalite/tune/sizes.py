@@ -27,6 +27,7 @@ class Sizes:
     def __init__(self, shape: Shape, layouts: Layouts, split: Split, runtime: Runtime, alive: dict[str, Alive]) -> None:
         self.shape, self.layouts, self.split, self.width = shape, layouts, split, runtime.width
         self.stage, self.offload, self.shards = layouts.stage, layouts.offload, layouts.shards.astype(float)
+        self.once = self.stage < 2  # gradients are reduced when the step ends
         self.selective = layouts.recompute == SELECTIVE
         self._weigh(layouts.tp)
         self.kept, self.computed = block_kept(shape, layouts, runtime)
@@ -90,12 +91,12 @@ class Sizes:
         """What lies there for the whole run."""
         w, three, layouts = self.width, self.stage == 3, self.layouts
         # the largest gradient, from where it leaves for the host
-        landing = w * np.maximum((self.split.embed + self.split.head > 0) * self.words, self.matrices[1])
+        landing = w * (self.offload >= 1) * np.maximum((self.split.embed + self.split.head > 0) * self.words, self.matrices[1])
         batch = (layouts.microbatches * layouts.micro * self.shape.sequence) * 36.0
         return {
             "weights": w * np.where(three, self.own * (self.offload < 2), self.every),
             "optimizer": runtime.state_bytes * self.own * (self.offload < 1),
-            "gradients": np.where(three, 4.0 * self.own * (self.offload < 1), landing * (self.offload >= 1)),
+            "gradients": np.select([self.once, three], [4.0 * self.every, 4.0 * self.own * (self.offload < 1)], landing),
             "buckets": w * self.bucket * three + 0.0 * self.own,
             "runtime": np.full_like(self.own, runtime.memory.context),
             "batch": batch + 0.0 * self.own,
@@ -186,31 +187,32 @@ class Sizes:
     def _reduce(self) -> None:
         """Buckets, and what a gradient needs on its way from the backward pass into the sums."""
         w, words = self.width, self.words
-        self.buckets = w * self.bucket * np.select([self.stage == 3, self.stage == 0], [0, 1], 2)
+        self.buckets = w * self.bucket * np.where(self.stage == 2, 2, 0)
         self.with_buckets = self.always["buckets"] + self.buckets
         # made when a backward pass has its first gradient: of the head's norm, of BERT's, or of a bias added after a sum
         early = (self.layouts.tp > 1) & np.asarray(self.shape.bias, bool) | np.asarray(self.shape.bert, bool)
         self.late = np.where(early, 0.0, self.buckets)
-        each = (self.stage < 3) * 4.0 / self.shards
+        each = (self.stage == 2) * 4.0 / self.shards
         self.sum_blocks, self.sum_ends = each * (self.split.blocks * self.block), each * self.ends
         self.sums_of_all = self.sum_blocks + self.sum_ends
         # elements of the vocabulary's weight, and of a block's largest matrix, that are this rank's
         self.share = words / self.shards
         self.part = np.minimum(self.matrices[1], self.split.blocks * self.block / self.shards)
-        moved = (self.stage < 3) | (self.shards > 1) | (self.offload >= 1)  # else gradients are added as they come
+        moved = (self.shards > 1) | (self.offload >= 1)  # else gradients are added as they come
         twice = 1.0 + (self.offload >= 1)
-        self.lined = np.where(self.stage == 3, moved * np.maximum(4.0 / self.shards + w, twice * 4.0 / self.shards), w)  # bytes an element
+        streamed = moved * np.maximum(4.0 / self.shards + w, twice * 4.0 / self.shards)
+        self.lined = np.where(self.stage == 3, streamed, w * (self.stage == 2))  # bytes an element
         # a weight too large for a bucket goes alone, piece by piece, on its way to the host as a copy
         pieces = np.floor(self.bucket / self.share) + 1
-        piece = np.where((self.shards > 1) & (pieces > 1) & (self.stage < 3), w * np.minimum(words, pieces * self.share), 0.0)
-        self.copied = w * words * ((self.stage < 3) & (self.offload >= 1))
-        self.piece = piece + 4.0 * self.share * np.where(self.stage == 3, twice, 1.0)
+        piece = np.where((self.shards > 1) & (pieces > 1) & (self.stage == 2), w * np.minimum(words, pieces * self.share), 0.0)
+        self.copied = w * words * ((self.stage == 2) & (self.offload >= 1))
+        self.piece = piece + 4.0 * self.share * np.select([self.stage == 3, self.stage == 2], [twice, 1.0], 0.0)
         self.too_large = words > self.bucket
         # the head's own gradient, if it is larger than a bucket, is summed at once, and stays until its backward pass ends
-        self.large = self.alone * (self.too_large & (self.stage < 3))
+        self.large = self.alone * (self.too_large & (self.stage == 2))
         self.held_on = w * words * self.large
         self.waiting = self.always["gradients"] + w * words * self.both * self.padded  # until the embedding has gone back
-        self.plain = 1.0 * (self.stage < 3)
+        self.plain = 1.0 * (self.stage == 2)
         self.filled = np.maximum(self.fill(np.zeros_like(self.own), self.bucket)[0], 1.0)
 
     def _halve(self) -> None:

@@ -94,8 +94,9 @@ def expected(config: Config, stage: int, parameters: list[int], whole: list[int]
         twice = embedding * (config.model.tied and config.mesh.pp == 1)
         most["all-gather"] = sent["all-gather"] + _microbatches(config) * (passes * (weights + twice) - (passes - 1) * embedding)
         sent["all-gather"] += weights
-    else:  # reduced; from stage 1 on each rank updates its part, and the new weights are gathered
-        sent["all-reduce"] += 2 * gradient
+    else:  # from stage 1 on each rank updates its part, and the new weights are gathered; DeepSpeed's stage 2 reduces whole gradients
+        sent["reduce-scatter"] += gradient * (stage == 1)
+        sent["all-reduce"] += 2 * gradient * (stage != 1)
         sent["all-gather"] += weights if stage else 0
     return {kind: (size, most.get(kind, size)) for kind, size in sent.items()}
 
@@ -104,16 +105,12 @@ def memory(config: Config, stage: int, parameters: int) -> tuple[float, float]:
     """Least and most bytes a rank holds of weights, gradients, master weights and moments; `parameters`: of its stage, cut by tp.
 
     w bytes a weight, 4 a gradient, 12 for the fp32 weight and both moments (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1, but
-    gradients are summed in fp32), each divided by the ranks that share it. ZeRO-3: from no weight gathered to all of them. ZeRO-1 in
-    fp32: from the gradients that this rank updates with to all of them.
+    gradients are summed in fp32), each divided by the ranks that share it. ZeRO-3: from no weight gathered to all of them.
     """
     width, shared = _width(config), parameters / _copies(config)
-    if stage == 0:
-        return (width + 16.0) * parameters, (width + 16.0) * parameters
-    least = 16 * shared + width * (shared if stage == 3 else parameters)
-    if stage == 3:
-        return least, least + width * parameters
-    return least, least + 4 * (parameters - shared) if stage == 1 and config.train.precision == "fp32" else least
+    states, gradients = 12 * (parameters if stage == 0 else shared), 4 * (parameters if stage < 2 else shared)
+    least = states + gradients + width * (shared if stage == 3 else parameters)
+    return least, least + width * parameters * (stage == 3)
 
 
 def _copies(config: Config) -> int:
