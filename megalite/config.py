@@ -179,7 +179,8 @@ class Train(Section):
     chunks: PositiveInt | None = None
     """Chunks of layers a rank holds under the interleaved and looped schedules; left out: 2."""
     reduce: Literal["microbatch", "step"] | None = None
-    """ZeRO-2 and 3 reduce gradients after every microbatch (they stay sharded; the default) or once a step (less traffic, more memory)."""
+    """ZeRO-2 and 3 reduce gradients after every microbatch (they stay sharded; the default) or once a step (less traffic, more memory), as
+    ZeRO-0 and 1 always do."""
     recompute: Literal["none", "selective", "full"] = "none"
     """full: blocks keep only their input and compute the rest again in the backward pass, for a third more work; selective: they keep what
     is dear, matrix products, attention and what came over a link, and compute norms, activations and rotations again."""

@@ -28,11 +28,10 @@ OWNED = {  # DeepSpeed's keys that the run config decides
     "scheduler": "optimizer.schedule",
     "managed_gradient_accumulation": "train.reduce",
 }
+REDUCTION = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor")  # of DeepSpeed's, so of ZeRO 2 and 3
 PASSED = (  # and those that are handed on as they are
     "zero_optimization",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
+    *REDUCTION,
     "comms_logger",
     "wall_clock_breakdown",
     "memory_breakdown",
@@ -105,13 +104,16 @@ def _check_zero(config: Config, document: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: zero_optimization.{key} {reason}")
     _check_offload(zero, stage, path)
     _check_zeropp(config, zero, stage, path)
+    for key in REDUCTION:
+        if stage < 2 and (value := document.get(key)) not in (None, False, 1.0):  # DeepSpeed's own
+            raise UserError(f"{path} sets {key} = {json.dumps(value)}, but ZeRO-{stage} sends sums in fp32, once a step; take it out")
     train = config.train
     if stage < 2 and train.reduce == "microbatch":
         raise UserError(f"train.reduce = microbatch, but ZeRO-{stage} reduces once a step; leave train.reduce out or use ZeRO-2 or 3")
     if stage >= 2 and train.reduce == "step" and train.precision != "fp32":
         raise UserError(
             f"train.reduce = step would sum the microbatches' gradients in {train.precision}, where small ones are lost; "
-            "use train.reduce = microbatch, which sums them in fp32"
+            "use train.reduce = microbatch, or ZeRO-1, which both sum them in fp32"
         )
 
 

@@ -7,8 +7,9 @@ the first to get gradients of its own, and the first one the last; what either h
 
 Gradients come in the order of the backward pass: the head's weight, then block by block those of the MLP's second and first product, of
 attention's projection and of queries, keys and values; the embedding's last. They fill buckets. A full one is lined up a second time and
-goes to the other ranks. ZeRO 0 to 2 add what comes back to sums in fp32, which are made in every step when the first gradient of their kind
-(the vocabulary's, or the blocks') comes back; ZeRO-3 has its sums all the time, here or on the host.
+goes to the other ranks. ZeRO-2 adds what comes back to sums in fp32, which are made in every step when the first gradient of their kind
+(the vocabulary's, or the blocks') comes back; ZeRO-3 has its sums all the time, here or on the host. ZeRO 0 and 1 add each gradient to
+whole sums, which are there all the time, and know no buckets.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class _Account(Sizes):
     """Of every kind of rank of every layout."""
 
     def sums(self, summed: Array | float, ended: Array | float) -> Array:
-        """The sums in fp32 that ZeRO 0 to 2 make in every step, of blocks and of embedding or head; at once, where no weight is tied."""
+        """The sums in fp32 that ZeRO-2 makes in every step, of blocks and of embedding or head; at once, where no weight is tied."""
         if np.all(self.shape.tied):
             return summed * self.sum_blocks + ended * self.sum_ends
         either = np.maximum(summed, ended)
@@ -52,7 +53,7 @@ class _Account(Sizes):
         return np.where(self.shape.tied, summed * self.sum_blocks + ended * self.sum_ends, either * self.sums_of_all)
 
     def _state(self, alive: Alive, *, turn: bool = False, closing: bool = False) -> Parts:
-        """What is there beside what is at work. Buckets of ZeRO 0 to 2, of which two overlap, are made for each backward pass."""
+        """What is there beside what is at work. Buckets of ZeRO-2, of which two overlap, are made for each backward pass."""
         found = dict(self.always)
         top: Any = 0.0 if turn else alive.top  # the head has gone back
         gone = top * alive.bottom if closing else top  # what the head was made of; but what a chunk received stays until its end
@@ -84,7 +85,7 @@ class _Account(Sizes):
         return found
 
     def flushed(self, alive: Alive) -> Parts:
-        """The first bucket of ZeRO 0 to 2 has been full, and sums are there from then on."""
+        """The first bucket of ZeRO-2 has been full, and sums are there from then on."""
         first = alive.top * self.alone * self.words
         gone = np.floor(np.maximum(self.bucket - first * (first <= self.bucket), 0.0) / self.block) + 1
         there = (gone < alive.chunk) & (self.stage == 2)

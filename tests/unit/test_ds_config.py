@@ -65,7 +65,7 @@ def test_equal_values_in_both_are_refused_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", PASSED)
 def test_a_key_of_deepspeeds_own_is_handed_on_as_it_is(key: str, tmp_path: Path) -> None:
-    document = {key: {"stage": 1} if key == "zero_optimization" else {"enabled": False}}
+    document = {"zero_optimization": {"stage": 2}, **({} if key == "zero_optimization" else {key: {"enabled": False}})}
     (tmp_path / "ds.json").write_text(json.dumps(document))
     assert _read(tmp_path / "ds.json") == document
 
@@ -184,6 +184,15 @@ def test_zero_0_and_1_cannot_reduce_every_microbatch(stage: int, tmp_path: Path)
 def test_reducing_once_a_step_in_bf16_is_refused_because_it_would_sum_in_bf16(stage: int, tmp_path: Path) -> None:
     said = _refusal(tmp_path, {"zero_optimization": {"stage": stage}}, reduce="step", precision="bf16")
     assert "train.reduce = step would sum the microbatches' gradients in bf16" in said and "use train.reduce = microbatch" in said
+
+
+@pytest.mark.parametrize(("key", "value"), [("communication_data_type", "bf16"), ("prescale_gradients", True)])
+def test_how_gradients_travel_is_settled_under_zero_0_and_1(key: str, value: Any, tmp_path: Path) -> None:
+    document = {"zero_optimization": {"stage": 1}, key: value}
+    assert f"{key} = {json.dumps(value)}, but ZeRO-1 sends sums in fp32, once a step; take it out" in _refusal(tmp_path, document)
+    document["zero_optimization"]["stage"] = 2
+    (tmp_path / "ds.json").write_text(json.dumps(document))
+    assert _read(tmp_path / "ds.json") == document
 
 
 @pytest.mark.parametrize(
