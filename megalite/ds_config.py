@@ -28,7 +28,11 @@ OWNED = {  # DeepSpeed's keys that the run config decides
     "scheduler": "optimizer.schedule",
     "managed_gradient_accumulation": "train.reduce",
 }
-REDUCTION = ("communication_data_type", "prescale_gradients", "gradient_predivide_factor")  # of DeepSpeed's, so of ZeRO 2 and 3
+REDUCTION = {  # how DeepSpeed reduces gradients, which it does under ZeRO 2 and 3, with its own values
+    "communication_data_type": None,
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+}
 PASSED = (  # and those that are handed on as they are
     "zero_optimization",
     *REDUCTION,
@@ -104,8 +108,8 @@ def _check_zero(config: Config, document: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: zero_optimization.{key} {reason}")
     _check_offload(zero, stage, path)
     _check_zeropp(config, zero, stage, path)
-    for key in REDUCTION:
-        if stage < 2 and (value := document.get(key)) not in (None, False, 1.0):  # DeepSpeed's own
+    for key, usual in REDUCTION.items():
+        if stage < 2 and (value := document.get(key, usual)) != usual:
             raise UserError(f"{path} sets {key} = {json.dumps(value)}, but ZeRO-{stage} sends sums in fp32, once a step; take it out")
     train = config.train
     if stage < 2 and train.reduce == "microbatch":
