@@ -28,7 +28,7 @@ OWNED = {  # DeepSpeed's keys that the run config decides
     "scheduler": "optimizer.schedule",
     "managed_gradient_accumulation": "train.reduce",
 }
-REDUCTION = {  # how DeepSpeed reduces gradients, which it does under ZeRO 2 and 3, with its own values
+REDUCTION = {  # how DeepSpeed reduces every microbatch's gradients, with its own values
     "communication_data_type": None,
     "prescale_gradients": False,
     "gradient_predivide_factor": 1.0,
@@ -108,17 +108,16 @@ def _check_zero(config: Config, document: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: zero_optimization.{key} {reason}")
     _check_offload(zero, stage, path)
     _check_zeropp(config, zero, stage, path)
-    for key, usual in REDUCTION.items():
-        if stage < 2 and (value := document.get(key, usual)) != usual:
-            raise UserError(f"{path} sets {key} = {json.dumps(value)}, but ZeRO-{stage} sends sums in fp32, once a step; take it out")
     train = config.train
+    for key, usual in REDUCTION.items():
+        if (stage < 2 or train.reduce == "step") and (value := document.get(key, usual)) != usual:
+            raise UserError(
+                f"{path} sets {key} = {json.dumps(value)}, but gradients that are reduced once a step are sent in fp32; take it out"
+            )
     if stage < 2 and train.reduce == "microbatch":
         raise UserError(f"train.reduce = microbatch, but ZeRO-{stage} reduces once a step; leave train.reduce out or use ZeRO-2 or 3")
-    if stage >= 2 and train.reduce == "step" and train.precision != "fp32":
-        raise UserError(
-            f"train.reduce = step would sum the microbatches' gradients in {train.precision}, where small ones are lost; "
-            "use train.reduce = microbatch, or ZeRO-1, which both sum them in fp32"
-        )
+    if zero.get("zero_quantized_gradients") and train.reduce == "step":
+        raise UserError(f"{path}: zero_quantized_gradients with train.reduce = step, which sends gradients in fp32; take one of them out")
 
 
 def _check_offload(zero: dict[str, Any], stage: int, path: Path) -> None:

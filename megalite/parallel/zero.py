@@ -36,7 +36,7 @@ from megalite.mesh import Mesh
 from megalite.parallel import gradients, mends
 from megalite.parallel.gather import Gathering, Limits
 from megalite.parallel.pieces import Flat, Piece, Sharded
-from megalite.parallel.sums import Sums
+from megalite.parallel.sums import FlatSums, ShardedSums, Sums
 
 
 def settings(document: dict[str, Any], *, precision: str, micro_batch: int, reduce: str) -> dict[str, Any]:
@@ -164,9 +164,11 @@ class Zero:
         )
         self.inner: Any = self.engine.optimizer
         self.sharded = zero_stage == 3
-        self.sums = Sums(self.inner, mesh.group("copies"), whole=zero_stage == 0) if zero_stage < 2 else None
+        self.sums: Sums | None = None
+        if configuration["managed_gradient_accumulation"]:
+            kind = ShardedSums if self.sharded else FlatSums
+            self.sums = kind(self.inner, mesh.group("copies"), whole=zero_stage == 0)
         self.forward = stage if self.sums else self.engine  # plain PyTorch, where DeepSpeed has nothing to do before the step ends
-        self.once = bool(configuration["managed_gradient_accumulation"]) and not self.sums
         self.before_update: Callable[[list[Piece]], None] | None = None
         self.owned = (Sharded if self.sharded else Flat)(self.inner, mesh=mesh, tied=tied, replicated=zero_stage == 0, folder=folder)
         cuts = [parameter.cut for parameter in stage.parameters()]  # type: ignore[attr-defined]
@@ -199,7 +201,7 @@ class Zero:
                 device=mesh.device,
                 quantized=zero.zero_quantized_weights(),
             )
-            if dist.get_world_size(group) == 1:
+            if dist.get_world_size(group) == 1 and not self.sums:
                 mends.keep_gradients_of_one_rank(self.inner)
 
     @contextmanager
@@ -209,21 +211,18 @@ class Zero:
         # counting forwards (stage 3) or backwards (stages 1 and 2, offloaded). Under a schedule that count is wrong: GPipe runs all
         # forwards first, and a stage of several chunks first reaches some parameters in a later backward, where last step's
         # gradient still lies. Zero, then add; counting backwards, the first one may overwrite the zeros.
-        if self.sharded:
-            self.inner.grad_partitions_flat_buffer.zero_()
         if self.sums:
             self.sums.clear()
+        elif self.sharded:
+            self.inner.grad_partitions_flat_buffer.zero_()
         for buffer in self._host_sums():
             buffer.zero_()
-        with self.engine.coalesce_grad_reduction() if self.once else nullcontext():
-            yield
+        yield
         if self.gathering:
             self.gathering.end_step()
-        if self.once:
-            self.engine.set_gradient_accumulation_boundary(True)
 
     def backward(self, scalar: Tensor) -> None:
-        """Go back from a scalar; gradients are reduced (or kept, when reducing once a step).
+        """Go back from a scalar; gradients are reduced, or added to `sums` when reducing once a step.
 
         A stage that is not the last passes (output * received gradient).sum(). torch.autograd.backward would enter DeepSpeed's
         hooks too, but loses microbatches in flight.

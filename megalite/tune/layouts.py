@@ -36,7 +36,7 @@ class Layouts:
     chunks: Array  # of layers a rank holds, 1 where the schedule has no chunks
     micro: Array  # sequences of a microbatch
     stage: Array  # ZeRO
-    reduce: Array
+    reduce: Array  # under ZeRO 2 and 3; see `once`
     offload: Array
     recompute: Array
     split_sequence: Array  # sequence parallelism beside tensor parallelism
@@ -59,6 +59,11 @@ class Layouts:
     @property
     def microbatches(self) -> Array:
         return self.batch // (self.dp * self.micro)
+
+    @property
+    def once(self) -> Array:
+        """Whether gradients are reduced once a step, and whole until then."""
+        return (self.stage < 2) | (self.reduce == 1)
 
     @property
     def shards(self) -> Array:
@@ -92,7 +97,7 @@ def divisors(number: int) -> list[int]:
 
 def legal(config: Config, found: Layouts) -> Array:
     """Which rows `fit.resolve_mesh` and the DeepSpeed rules accept for this model."""
-    model, sequence, fp32 = config.model, config.sequence, config.train.precision == "fp32"
+    model, sequence = config.model, config.sequence
     chunked = found.schedule >= SCHEDULES.index(CHUNKED[0])
     many = found.microbatches
     good = (model.heads % (found.tp * found.cp) == 0) & (model.num_kv_heads % found.tp == 0)
@@ -104,7 +109,7 @@ def legal(config: Config, found: Layouts) -> Array:
     good &= (found.schedule != SCHEDULES.index("interleaved")) | (many % rounds == 0)
     good &= (found.split_sequence == 0) | (found.tp > 1)
     good &= sequence % (found.cp * np.where(found.split_sequence == 1, found.tp, 1)) == 0
-    good &= (found.reduce == 0) | ((found.stage >= 2) & fp32)
+    good &= (found.reduce == 0) | (found.stage >= 2)
     return good & (found.stage >= np.array([0, 1, 3])[found.offload])
 
 
@@ -145,7 +150,7 @@ def _choices(config: Config, mesh: dict[str, int], pinned: dict[str, int]) -> La
     alone = mesh["dp"] * mesh["cp"] == 1  # nothing to shard over, but there is a host to offload to
     stages = [(0, 0), (1, 1), (3, 2)] if alone else [*((stage, 0) for stage in range(4)), *((stage, 1) for stage in (1, 2, 3)), (3, 2)]
     axes = (
-        micros, range(len(schedules)), range(len(stages)), (0, 1) if config.train.precision == "fp32" else (0,), range(len(RECOMPUTE)),
+        micros, range(len(schedules)), range(len(stages)), range(len(REDUCE)) if "reduce" in pinned else (0,), range(len(RECOMPUTE)),
         (0, 1) if mesh["tp"] > 1 else (0,), BUCKETS, live_choices,
     )  # fmt: skip
     micro, schedule, zero, reduce, recompute, halved, bucket, live = (
@@ -159,6 +164,7 @@ def _choices(config: Config, mesh: dict[str, int], pinned: dict[str, int]) -> La
     )  # fmt: skip
     wanted = (stage == 3) | (live == live_choices[0])  # only ZeRO-3 gathers weights
     wanted &= (stage > 1) | (bucket == BUCKETS[0])  # and those below 2 have no buckets
+    wanted &= (stage == 3) | (reduce == 0)  # ZeRO-1 does once a step what 2 would
     for column, value in pinned.items():
-        wanted &= getattr(found, column) == value
+        wanted &= (found.once if column == "reduce" else getattr(found, column)) == value
     return found.take(legal(config, found) & wanted)

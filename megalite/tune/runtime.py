@@ -76,7 +76,7 @@ class Runtime:
     precision: str = "bf16"
     width: int = 2  # bytes of a weight and of an activation
     gradient_width: int = 2  # bytes of a gradient on a link
-    summed_width: int = 2  # and of one under ZeRO 0 and 1
+    summed_width: int = 2  # and of one that travels once a step
     scatters: tuple[int, ...] = (2, 3)  # the ZeRO stages whose gradients are scattered, not all-reduced
     late: bool = False  # gradients that travel once a step do so when its last backward pass is over
     flash: bool = True

@@ -26,8 +26,9 @@ class Sizes:
 
     def __init__(self, shape: Shape, layouts: Layouts, split: Split, runtime: Runtime, alive: dict[str, Alive]) -> None:
         self.shape, self.layouts, self.split, self.width = shape, layouts, split, runtime.width
-        self.stage, self.offload, self.shards = layouts.stage, layouts.offload, layouts.shards.astype(float)
-        self.once = self.stage < 2  # gradients are reduced when the step ends
+        self.offload, self.shards = layouts.offload, layouts.shards.astype(float)
+        self.once = layouts.once
+        self.stage = np.where(self.once & (layouts.stage == 2), 1, layouts.stage)
         self.selective = layouts.recompute == SELECTIVE
         self._weigh(layouts.tp)
         self.kept, self.computed = block_kept(shape, layouts, runtime)
@@ -97,7 +98,7 @@ class Sizes:
             "weights": w * np.where(three, self.own * (self.offload < 2), self.every),
             "optimizer": runtime.state_bytes * self.own * (self.offload < 1),
             "gradients": np.select([self.once, three], [4.0 * self.every, 4.0 * self.own * (self.offload < 1)], landing),
-            "buckets": w * self.bucket * three + 0.0 * self.own,
+            "buckets": w * self.bucket * (three & ~self.once) + 0.0 * self.own,
             "runtime": np.full_like(self.own, runtime.memory.context),
             "batch": batch + 0.0 * self.own,
         }
@@ -201,12 +202,12 @@ class Sizes:
         moved = (self.shards > 1) | (self.offload >= 1)  # else gradients are added as they come
         twice = 1.0 + (self.offload >= 1)
         streamed = moved * np.maximum(4.0 / self.shards + w, twice * 4.0 / self.shards)
-        self.lined = np.where(self.stage == 3, streamed, w * (self.stage == 2))  # bytes an element
+        self.lined = np.where(self.stage == 3, streamed, w) * ~self.once  # bytes an element
         # a weight too large for a bucket goes alone, piece by piece, on its way to the host as a copy
         pieces = np.floor(self.bucket / self.share) + 1
         piece = np.where((self.shards > 1) & (pieces > 1) & (self.stage == 2), w * np.minimum(words, pieces * self.share), 0.0)
         self.copied = w * words * ((self.stage == 2) & (self.offload >= 1))
-        self.piece = piece + 4.0 * self.share * np.select([self.stage == 3, self.stage == 2], [twice, 1.0], 0.0)
+        self.piece = piece + 4.0 * self.share * np.where(self.stage == 3, twice, 1.0) * ~self.once
         self.too_large = words > self.bucket
         # the head's own gradient, if it is larger than a bucket, is summed at once, and stays until its backward pass ends
         self.large = self.alone * (self.too_large & (self.stage == 2))

@@ -83,8 +83,8 @@ def expected(config: Config, stage: int, parameters: list[int], whole: list[int]
         for kind, size in part.items():
             sent[kind] += size
     share, width = 1 - 1 / _copies(config), _width(config)
-    rounds = _microbatches(config) if stage >= 2 and config.train.reduce != "step" else 1
-    weights, gradient = share * sum(parameters) * width, share * sum(parameters) * rounds * (4 if stage < 2 else width)
+    once = stage < 2 or config.train.reduce == "step"
+    weights, gradient = share * sum(parameters) * width, share * sum(parameters) * (4 if once else _microbatches(config) * width)
     if stage == 3:
         sent["reduce-scatter"] += gradient
         # from once a step, where all weights stay live, to once in a forward, a repeated forward and a backward pass each; a weight tied
@@ -95,8 +95,9 @@ def expected(config: Config, stage: int, parameters: list[int], whole: list[int]
         most["all-gather"] = sent["all-gather"] + _microbatches(config) * (passes * (weights + twice) - (passes - 1) * embedding)
         sent["all-gather"] += weights
     else:  # from stage 1 on each rank updates its part, and the new weights are gathered; DeepSpeed's stage 2 reduces whole gradients
-        sent["reduce-scatter"] += gradient * (stage == 1)
-        sent["all-reduce"] += 2 * gradient * (stage != 1)
+        scattered = once and stage > 0
+        sent["reduce-scatter"] += gradient * scattered
+        sent["all-reduce"] += 2 * gradient * (not scattered)
         sent["all-gather"] += weights if stage else 0
     return {kind: (size, most.get(kind, size)) for kind, size in sent.items()}
 
@@ -108,7 +109,8 @@ def memory(config: Config, stage: int, parameters: int) -> tuple[float, float]:
     gradients are summed in fp32), each divided by the ranks that share it. ZeRO-3: from no weight gathered to all of them.
     """
     width, shared = _width(config), parameters / _copies(config)
-    states, gradients = 12 * (parameters if stage == 0 else shared), 4 * (parameters if stage < 2 else shared)
+    once = stage < 2 or config.train.reduce == "step"
+    states, gradients = 12 * (parameters if stage == 0 else shared), 4 * (parameters if once else shared)
     least = states + gradients + width * (shared if stage == 3 else parameters)
     return least, least + width * parameters * (stage == 3)
 

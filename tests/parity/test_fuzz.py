@@ -49,7 +49,7 @@ def draw(seed: int) -> tuple[Config, dict[str, Any]]:
         document["data"] = {"document_mask": seed % 3 == 1 and document["model"].get("family") != "bert"}
         try:
             config = Config.model_validate(document)
-            if 1 < world <= 8 and not (config.train.precision != "fp32" and config.train.reduce == "step"):
+            if 1 < world <= 8:
                 zero = {"stage": stage, "stage3_param_persistence_threshold": pick.choice((0, 500, 10_000))}
                 zero |= {"stage3_max_live_parameters": pick.choice((0, 2000, 10**9)), "stage3_max_reuse_distance": pick.choice((0, 10**9))}
                 if seed % 2:  # most often a limit that a stage does not fit into, and some weights ahead

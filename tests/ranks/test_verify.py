@@ -188,8 +188,9 @@ SENT = [
     ("gpt-7b", {"dp": 2, "cp": 2, "pp": 2, "recompute": "full"}),
     ("gpt-7b", {"cp": 2, "tp": 2, "sequence_parallel": True}),
     ("gpt2-124m", {"dp": 2, "pp": 2, "precision": "bf16"}),
+    ("gpt2-124m", {"dp": 2, "tp": 2, "precision": "bf16", "reduce": "step"}),
 ]
-QUICK = {0: 3, 1: 1, 3: 0, 5: 2, 6: 3, 7: 2, 8: 1}  # of each row of SENT, the ZeRO stage that is not slow
+QUICK = {0: 3, 1: 1, 3: 0, 5: 2, 6: 3, 7: 2, 8: 1, 9: 3}  # of each row of SENT, the ZeRO stage that is not slow
 
 
 @pytest.mark.parametrize(

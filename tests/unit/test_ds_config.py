@@ -130,6 +130,11 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path: Path) -> None:
 # ---- offload and ZeRO++ ----------------------------------------------------------------------------------------------------------------
 
 
+def test_quantized_gradients_are_not_sent_once_a_step(tmp_path: Path) -> None:
+    said = _refusal(tmp_path, {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, reduce="step")
+    assert "zero_quantized_gradients with train.reduce = step, which sends gradients in fp32" in said
+
+
 @pytest.mark.parametrize(
     ("zero", "words"),
     [
@@ -180,24 +185,20 @@ def test_zero_0_and_1_cannot_reduce_every_microbatch(stage: int, tmp_path: Path)
     assert f"train.reduce = microbatch, but ZeRO-{stage} reduces once a step; leave train.reduce out or use ZeRO-2 or 3" in said
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_reducing_once_a_step_in_bf16_is_refused_because_it_would_sum_in_bf16(stage: int, tmp_path: Path) -> None:
-    said = _refusal(tmp_path, {"zero_optimization": {"stage": stage}}, reduce="step", precision="bf16")
-    assert "train.reduce = step would sum the microbatches' gradients in bf16" in said and "use train.reduce = microbatch" in said
-
-
 @pytest.mark.parametrize(("key", "value"), [("communication_data_type", "bf16"), ("prescale_gradients", True)])
-def test_how_gradients_travel_is_settled_under_zero_0_and_1(key: str, value: Any, tmp_path: Path) -> None:
+def test_how_gradients_travel_is_settled_where_they_do_so_once_a_step(key: str, value: Any, tmp_path: Path) -> None:
     document = {"zero_optimization": {"stage": 1}, key: value}
-    assert f"{key} = {json.dumps(value)}, but ZeRO-1 sends sums in fp32, once a step; take it out" in _refusal(tmp_path, document)
+    words = f"{key} = {json.dumps(value)}, but gradients that are reduced once a step are sent in fp32; take it out"
+    assert words in _refusal(tmp_path, document)
     document["zero_optimization"]["stage"] = 2
+    assert words in _refusal(tmp_path, document, reduce="step")
     (tmp_path / "ds.json").write_text(json.dumps(document))
     assert _read(tmp_path / "ds.json") == document
 
 
 @pytest.mark.parametrize(
     ("stage", "reduce", "precision"),
-    [(2, "microbatch", "bf16"), (3, "step", "fp32"), (3, "microbatch", "fp32"), (1, "step", "bf16"), (0, "step", "fp32")],
+    [(2, "microbatch", "bf16"), (3, "step", "fp32"), (3, "microbatch", "fp32"), (1, "step", "bf16"), (3, "step", "bf16")],
 )
 def test_what_fits_together_is_read(stage: int, reduce: str, precision: str, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
