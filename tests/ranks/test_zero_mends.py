@@ -146,6 +146,28 @@ def test_deepspeed_scatters_gradients_over_one_rank(monkeypatch: pytest.MonkeyPa
     assert min(launch.run_ranks(2, work, warm=("megalite.engine",))) > 0
 
 
+def _waits(rank: int, *, config: Config, stage: int) -> int:
+    """How often the host waits for the device in the fourth step; DeepSpeed measures from the third one on."""
+    from deepspeed.accelerator import get_accelerator
+
+    engine, calls = parity.start_engine(config, {"zero_optimization": {"stage": stage}}), []
+    get_accelerator().synchronize = lambda *_: calls.append(1)  # type: ignore[union-attr, method-assign]
+    for step in range(4):
+        calls.clear()
+        engine.step(step, parity.microbatches(parity.batch_of(config, step), config, dp=1, dp_rank=0))
+    return len(calls)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_waits_for_the_gpu_around_every_forward_pass(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(dp=1)
+    work = functools.partial(_waits, config=config, stage=stage)
+    assert launch.run_ranks(1, work, warm=("megalite.engine",)) == [0]
+    monkeypatch.setattr(mends, "leave_forwards_alone", lambda engine: None)
+    microbatches = config.train.global_batch // config.train.micro_batch
+    assert launch.run_ranks(1, work, warm=("megalite.engine",)) == [microbatches + 1]  # and once after the update
+
+
 class _Pair(nn.Linear):
     def forward(self, x: Tensor) -> Any:
         return x, super().forward(x)
