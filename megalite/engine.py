@@ -210,8 +210,9 @@ class Engine:
         settings = self.config
         lr = optim.learning_rate(step, settings.optimizer, settings.train.steps)
         losses = self._pipeline(length_of(microbatches)).train(list(self._deal(microbatches, step=step)))
-        norm = self.zero.update(lr=lr, clip=settings.train.clip)
-        return Report(parts=self._mean(losses), grad_norm=norm, lr=lr, skipped=self.zero.overflow)
+        norm, summed = self.zero.update(lr=lr, clip=settings.train.clip, beside=self._share(losses))
+        parts = dict(zip(models.parts(settings.model), summed, strict=True))
+        return Report(parts=parts, grad_norm=norm, lr=lr, skipped=self.zero.overflow)
 
     def state(self) -> dict[str, Any]:
         """The few numbers beside the pieces that a run goes on from; what data, dropout and the schedule do is a function of the step."""
@@ -225,7 +226,9 @@ class Engine:
 
     def validate(self, microbatches: list[Batch]) -> dict[str, float]:
         """The parts of the mean loss over one global batch, forward alone."""
-        return self._mean(self._pipeline(length_of(microbatches)).validate(list(self._deal(microbatches))))
+        total = self._share(self._pipeline(length_of(microbatches)).validate(list(self._deal(microbatches))))
+        dist.all_reduce(total)
+        return dict(zip(models.parts(self.config.model), total.tolist(), strict=True))
 
     def predict(self, microbatches: list[Batch]) -> tuple[dict[str, float], list[Tensor]]:
         """`validate`, and on the last stage what a task's head put out for each microbatch (nothing elsewhere)."""
@@ -267,14 +270,11 @@ class Engine:
             batch = with_spans(batch, model=self.config.model, dtype=self.dtype)
             yield share_sequence(batch, mesh, tokens=TOKENS, hidden=HIDDEN, sequence_parallel=sequence_parallel)
 
-    def _mean(self, losses: list[Tensor]) -> dict[str, float]:
-        """The parts of the mean loss over the global batch, on every rank: the last stage's sums, averaged over dp and cp."""
-        names = models.parts(self.config.model)
-        total = torch.zeros(len(names), device=self.mesh.device)
+    def _share(self, losses: list[Tensor]) -> Tensor:
+        """What this rank adds to the parts of the mean loss over the global batch: the last stage its sums, averaged over dp and cp."""
         if self.mesh.last_stage and self.mesh.tp_rank == 0:
-            total = torch.stack(losses).sum(0) / self.mesh.num_copies
-        dist.all_reduce(total)
-        return dict(zip(names, total.tolist(), strict=True))
+            return torch.stack(losses).sum(0) / self.mesh.num_copies
+        return torch.zeros(len(models.parts(self.config.model)), device=self.mesh.device)
 
 
 def start_mesh(config: Config, rank: int) -> Mesh:

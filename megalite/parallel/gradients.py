@@ -61,14 +61,18 @@ def complete(pieces: list[Piece], mesh: Mesh, *, partial: bool, uneven: bool) ->
         _put(flat, whole)
 
 
-def norm(pieces: list[Piece], mesh: Mesh) -> float:
-    """Of the gradients of the whole mesh, every logical element once; not finite where one of them is not."""
+def norm(pieces: list[Piece], mesh: Mesh, *, beside: Tensor) -> tuple[float, list[float]]:
+    """Of the gradients of the whole mesh, every logical element once; not finite where one of them is not. And the sum of every rank's
+    `beside` (n,), so that in a step the host waits for the device once, with the update still to come.
+    """
     total = torch.zeros((), dtype=torch.float64 if mesh.device.type == "cpu" else torch.float32, device=mesh.device)
     if found := [_gradient(piece) for piece in pieces if piece.first]:
         norms = torch._foreach_norm(found, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
         total += torch.stack(norms).to(total.device, total.dtype).square().sum()
-    dist.all_reduce(total)
-    return math.sqrt(total.item())
+    both = torch.cat([total.view(1), beside.to(total.dtype)])
+    dist.all_reduce(both)
+    squares, *rest = both.tolist()
+    return math.sqrt(squares), rest
 
 
 def multiply(pieces: list[Piece], factor: float) -> None:

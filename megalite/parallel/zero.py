@@ -178,8 +178,8 @@ class Zero:
         self.scale = gradients.LossScale() if configuration["fp16"]["enabled"] else None
         self.overflow = False
         self.refuse: Callable[[float], bool] | None = None  # norm -> whether to leave this update out; asked on every rank
-        self._norm = 0.0
-        self._clip = 0.0
+        self._norm, self._clip = 0.0, 0.0
+        self._beside, self._summed = torch.empty(0), []  # what `update` hands to `_finish`, and what comes back
         self._step, self.inner.step = self.inner.step, self._finish
         # The norm is taken over the whole mesh, once, by `_finish`; DeepSpeed would take one per parameter group and hang where
         # stages differ in their groups.
@@ -244,13 +244,16 @@ class Zero:
         """Around forwards that are no training step (validation)."""
         return self.gathering.aside() if self.gathering else nullcontext()
 
-    def update(self, *, lr: float, clip: float) -> float:
-        """Finish the reduction, clip to `clip` (0: not at all), take one AdamW step; returns the gradient norm of the whole mesh."""
+    def update(self, *, lr: float, clip: float, beside: Tensor) -> tuple[float, list[float]]:
+        """Finish the reduction, clip to `clip` (0: not at all), take one AdamW step.
+
+        Returns the gradient norm of the whole mesh and the sum of every rank's `beside` (n,). The device may still be at the update.
+        """
         for group in self.inner.optimizer.param_groups:
             group["lr"] = lr
-        self._clip = clip
+        self._clip, self._beside = clip, beside
         self.engine.step()
-        return self._norm
+        return self._norm, self._summed
 
     @torch.no_grad()
     def _finish(self) -> None:
@@ -263,7 +266,7 @@ class Zero:
             gradients.multiply(pieces, 1 / self.scale.value)
         if self.before_update is not None:
             self.before_update(pieces)
-        self._norm = gradients.norm(pieces, self.mesh)
+        self._norm, self._summed = gradients.norm(pieces, self.mesh, beside=self._beside)
         overflow = self.scale is not None and not math.isfinite(self._norm)
         self.overflow = overflow or (self.refuse is not None and self.refuse(self._norm))
         if self._clip and self._clip < self._norm < math.inf:

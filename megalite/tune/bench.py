@@ -32,11 +32,11 @@ from megalite.models import counts
 from megalite.tune import hindsight, search
 from megalite.tune.parity import batch_of, microbatches, start_engine
 
-LINKS = {
-    "all-reduce": ("allreduce", "all_reduce"),
-    "all-gather": ("allgather", "all_gather"),
-    "reduce-scatter": ("reduce_scatter",),
-    "all-to-all": ("alltoall", "all_to_all"),
+LINKS = {  # as NCCL's kernels and gloo's events are called, without the lines under them
+    "all-reduce": ("allreduce",),
+    "all-gather": ("allgather",),
+    "reduce-scatter": ("reducescatter",),
+    "all-to-all": ("alltoall",),
     "send, receive and waiting for other stages": ("send", "recv"),
 }
 
@@ -67,7 +67,9 @@ def _work(config: Config, rank: int, *, steps: int, warm_up: int, document: dict
     for step in range(warm_up + steps):
         dist.barrier()
         began = time.perf_counter()
-        engine.step(step, dealt[step % 2])  # ends with the norm and the loss on the host: the GPU is done, too
+        engine.step(step, dealt[step % 2])
+        if cuda:
+            torch.cuda.synchronize()  # for the update
         seconds.append(time.perf_counter() - began)
     slowest = torch.tensor(seconds[warm_up:], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
@@ -144,20 +146,26 @@ def _shares(engine: Any, dealt: list[Any], *, first: int) -> dict[str, float]:
         began = time.perf_counter()
         for step in range(2):
             engine.step(first + step, dealt[step])
+        if cuda:
+            torch.cuda.synchronize()
         whole = time.perf_counter() - began
     found = dict.fromkeys([*LINKS, "optimizer"], 0.0)
     for event in seen.key_averages():
         name = event.key.lower()
         micros = event.device_time_total if cuda else event.cpu_time_total
         if name.startswith(("gloo:", "nccl:", "nccldevkernel", "c10d::")) and not (name.startswith("c10d::") and not cuda):
-            for kind, patterns in LINKS.items():
-                if any(pattern in name.replace("_", "") or pattern in name for pattern in patterns):
-                    found[kind] += micros / 1e6 / whole
-                    break
+            if kind := _link(name):
+                found[kind] += micros / 1e6 / whole
         elif "_fused_adamw" in name or "multi_tensor_apply" in name or name.startswith("optimizer.step"):
             found["optimizer"] += micros / 1e6 / whole
     found = {kind: min(1.0, share) for kind, share in found.items()}
     return {"compute and the rest": max(0.0, 1 - sum(found.values())), **found}
+
+
+def _link(name: str) -> str | None:
+    """Which kind of transfer a kernel or event is."""
+    plain = name.lower().replace("_", "")
+    return next((kind for kind, patterns in LINKS.items() if any(pattern in plain for pattern in patterns)), None)
 
 
 def _cpu() -> str:

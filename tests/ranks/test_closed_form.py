@@ -51,7 +51,7 @@ def _compared(config: settings.Config, layout: Layouts) -> float:
     placed = choices.as_config(config, row)
     place, mesh = int(ranks.place[int(account["rank"][0]), 0]), placed.mesh
     # of the ranks that share weights, the first one; and where parts of the gradients belong to some of them, the last one
-    copies = [(0, 0), ((mesh.dp or 1) - 1, mesh.cp - 1)] if row["stage"] in (1, 2) else [(0, 0)]
+    copies = [(0, 0), ((mesh.dp or 1) - 1, mesh.cp - 1)] if row["stage"] == 2 else [(0, 0)]
     document = choices.document(row, config)
     if row["stage"] == 3:
         document["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -69,7 +69,7 @@ def _compared(config: settings.Config, layout: Layouts) -> float:
         pytest.param("gpt-1.3b", "dp8 zero2 micro4 selective", marks=pytest.mark.slow),
         pytest.param("gpt-7b", "dp4 pp2 zero1 micro4", marks=pytest.mark.slow),
         ("gpt-1.3b", "dp8 zero3 micro4"),
-        ("gpt-7b", "dp4 pp2 zero1 micro4 gpipe full offload"),  # the last of the ranks that share weights holds the most
+        ("gpt-7b", "dp4 pp2 zero2 micro4 gpipe full offload"),  # the last of the ranks that share weights holds the most
         *(
             pytest.param("gpt-1.3b", words, marks=pytest.mark.slow)
             for words in ("dp4 cp2 zero2 micro8", "dp4 cp2 zero3 micro8 selective", "dp4 pp2 zero2 micro8 interleaved2")
@@ -84,15 +84,17 @@ def test_the_closed_form_is_within_half_a_percent_of_the_engine(recipe: str, wor
     ("words", "bucket", "live"),
     [
         ("dp1 tp8 pp2 zero3 micro16 1f1b selective sp offload-parameters", 200, 500),  # what is summed over ranks is not kept
+        ("dp16 zero1 micro2", 50, 500),  # whole sums, there all the time
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
-                ("dp2 tp2 pp4 zero1 micro4 interleaved2 offload", 200, 100),  # fullest when sums of the embedding are there
+                ("dp16 zero3 micro2 step", 50, 100),  # beside weights that come and go
+                ("dp2 tp2 pp4 zero2 micro4 interleaved2 offload", 200, 100),  # fullest when sums of the embedding are there
                 ("dp2 tp2 pp2 cp2 zero3 micro8 interleaved2 full offload", 50, 100),  # a chunk that goes forward next is fetched ahead
-                ("dp2 tp2 pp2 cp2 zero1 micro4 looped3 full offload", 50, 100),  # a head alone in its chunk
-                ("dp2 cp8 zero1 micro32 full offload", 50, 500),  # one microbatch
-                ("dp2 tp2 pp2 cp2 zero0 micro8 looped2 full", 50, 100),  # a head's gradient that is larger than a bucket
-                ("dp8 cp2 zero1 micro4 full offload", 200, 500),  # a bucket that is full before queries, keys and values
+                ("dp2 tp2 pp2 cp2 zero2 micro4 looped3 full offload", 50, 100),  # a head alone in its chunk
+                ("dp2 cp8 zero2 micro32 full offload", 50, 500),  # one microbatch
+                ("dp2 tp2 pp2 cp2 zero2 micro8 looped2 full", 50, 100),  # a head's gradient that is larger than a bucket
+                ("dp8 cp2 zero2 micro4 full offload", 200, 500),  # a bucket that is full before queries, keys and values
                 ("dp8 pp2 zero2 micro2 looped2 full", 200, 500),  # head and block in one bucket, and what the chunk received
             )
         ),

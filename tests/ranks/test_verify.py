@@ -55,7 +55,7 @@ def leave_a_stage_out_of_the_norm() -> None:
     from megalite.parallel import gradients
 
     whole = gradients.norm
-    gradients.norm = lambda pieces, mesh: whole(pieces if mesh.first_stage else [], mesh)
+    gradients.norm = lambda pieces, mesh, **beside: whole(pieces if mesh.first_stage else [], mesh, **beside)
 
 
 def forget_to_reduce_what_a_column_cut_copied() -> None:

@@ -13,7 +13,7 @@ from megalite import config as settings
 from megalite.errors import UserError
 from megalite.models import counts
 from megalite.tune import benching, cases, network, report
-from megalite.tune.bench import layout, predicted, summarise
+from megalite.tune.bench import _link, layout, predicted, summarise
 
 
 def _result(seconds: list[float], *, device: str = "NVIDIA H100 80GB HBM3", **overrides: object) -> dict[str, object]:
@@ -160,3 +160,19 @@ def test_why_a_layout_was_not_measured_is_said_by_its_ranks_first(code: int, sai
 
     found = cases.run_case(["gpt-tiny", "--mesh.dp", "3", "--steps", "2"], tmp_path, timeout=9, start=start)
     assert found["status"] == status and found["reason"].startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "reduce-scatter"),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "all-reduce"),
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "all-gather"),
+        ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "send, receive and waiting for other stages"),
+        ("gloo:all_to_all", "all-to-all"),
+        ("gloo:reduce_scatter", "reduce-scatter"),
+        ("ncclDevKernel_Broadcast_RING_LL", None),
+    ],
+)
+def test_time_on_links_is_told_apart_by_what_the_libraries_call_it(name: str, kind: str | None) -> None:
+    assert _link(name) == kind
