@@ -104,7 +104,7 @@ class Engine:
             mesh=mesh,
             configuration=configuration,
             zero_stage=stage,
-            optimizer=self._optimizer(module, tied),
+            optimizer=self._optimizer(module, tied, most=zero.most_at_once(configuration)),
             tied=tied,
             sequence_parallel=config.train.sequence_parallel,
             folder=zero.offload_folder(document),
@@ -182,11 +182,11 @@ class Engine:
                     source.cut = cut  # type: ignore[attr-defined]
                 setattr(module, leaf, source)
 
-    def _optimizer(self, module: nn.Module, tied: set[str]) -> torch.optim.AdamW:
+    def _optimizer(self, module: nn.Module, tied: set[str], *, most: int) -> torch.optim.AdamW:
         """AdamW over groups: decayed or not, cut by tensor parallelism or held whole, and the tied weight.
 
         ZeRO 1 and 2 cut a group's flat buffer by rank; what several ranks hold as copies lies in groups of its own, so that they cut it
-        alike.
+        alike. Where gradients are reduced once a step, a group of at most `most` elements is what travels at once.
         """
         settings = self.config.optimizer
         groups: dict[tuple[bool, str], list[nn.Parameter]] = {}
@@ -197,7 +197,8 @@ class Engine:
         return torch.optim.AdamW(
             [
                 {"params": parameters, "weight_decay": settings.weight_decay * decays}
-                for (decays, _), parameters in sorted(groups.items(), key=lambda group: group[0])
+                for (decays, _), weights in sorted(groups.items(), key=lambda group: group[0])
+                for parameters in optim.runs(weights, most)
             ],
             lr=settings.lr,
             betas=settings.betas,
@@ -211,8 +212,7 @@ class Engine:
         lr = optim.learning_rate(step, settings.optimizer, settings.train.steps)
         losses = self._pipeline(length_of(microbatches)).train(list(self._deal(microbatches, step=step)))
         norm, summed = self.zero.update(lr=lr, clip=settings.train.clip, beside=self._share(losses))
-        parts = dict(zip(models.parts(settings.model), summed, strict=True))
-        return Report(parts=parts, grad_norm=norm, lr=lr, skipped=self.zero.overflow)
+        return Report(parts=dict(zip(models.parts(settings.model), summed, strict=True)), grad_norm=norm, lr=lr, skipped=self.zero.overflow)
 
     def state(self) -> dict[str, Any]:
         """The few numbers beside the pieces that a run goes on from; what data, dropout and the schedule do is a function of the step."""

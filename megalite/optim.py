@@ -7,8 +7,17 @@ In: `config.Optimizer`, the step counted from 0, the number of steps; a paramete
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
 
 from megalite.config import Optimizer
+
+
+class _Sized(Protocol):
+    def numel(self) -> int: ...
+
+
+Weight = TypeVar("Weight", bound=_Sized)
 
 
 def learning_rate(step: int, optimizer: Optimizer, steps: int) -> float:
@@ -39,6 +48,19 @@ def learning_rate(step: int, optimizer: Optimizer, steps: int) -> float:
     if optimizer.schedule == "cosine":
         left = (1 - math.cos(math.pi * left)) / 2
     return peak * (optimizer.min_lr + (1 - optimizer.min_lr) * left)
+
+
+def runs(weights: Iterable[Weight], most: int) -> list[list[Weight]]:
+    """Weights in their order, in runs of at most so many elements, or of one weight that has more."""
+    found: list[list[Weight]] = []
+    room = 0
+    for weight in weights:
+        if not found or weight.numel() > room:
+            found.append([])
+            room = most
+        found[-1].append(weight)
+        room -= weight.numel()
+    return found
 
 
 def decays(name: str, shape: tuple[int, ...]) -> bool:

@@ -232,7 +232,7 @@ class Pipeline:
 
     def train(self, microbatches: list[Batch]) -> list[Tensor]:
         """Forward and backward of every microbatch; their losses (parts,) on the last stage, nothing elsewhere."""
-        with self.zero.step():
+        with self.zero.step(len(microbatches)):
             return self._run(microbatches)
 
     def validate(self, microbatches: list[Batch]) -> list[Tensor]:

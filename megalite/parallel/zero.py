@@ -11,6 +11,7 @@ matter of how it is called, below; docs/design/zero.md tells how it was found.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -67,6 +68,12 @@ def settings(document: dict[str, Any], *, precision: str, micro_batch: int, redu
         "zero_optimization": {**zero, "stage": engine_stage},
     }
     return {**document, **owned}
+
+
+def most_at_once(configuration: dict[str, Any]) -> int:
+    """How many elements a parameter group may have: as a bucket, where it is one (sums.py)."""
+    once, zero = configuration["managed_gradient_accumulation"], configuration["zero_optimization"]
+    return int(zero.get("reduce_bucket_size", 5e8)) if once and zero["stage"] < 3 else sys.maxsize
 
 
 def offload_folder(document: dict[str, Any]) -> Path | None:
@@ -207,14 +214,14 @@ class Zero:
                 mends.keep_gradients_of_one_rank(self.inner)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, num_microbatches: int) -> Iterator[None]:
         """Around all microbatches of one optimizer step."""
         # DeepSpeed copies the first gradient of a step over the partition and adds the later ones, and tells them apart by
         # counting forwards (stage 3) or backwards (stages 1 and 2, offloaded). Under a schedule that count is wrong: GPipe runs all
         # forwards first, and a stage of several chunks first reaches some parameters in a later backward, where last step's
         # gradient still lies. Zero, then add; counting backwards, the first one may overwrite the zeros.
         if self.sums:
-            self.sums.clear()
+            self.sums.clear(num_microbatches)
         elif self.sharded:
             self.inner.grad_partitions_flat_buffer.zero_()
         for buffer in self._host_sums():

@@ -92,7 +92,9 @@ def document(row: dict[str, int], config: Config) -> dict[str, Any]:
     """The DeepSpeed JSON of that layout."""
     stage, bucket = row["stage"], row["bucket"]
     zero: dict[str, Any] = {"stage": stage}
-    if stage > 1:  # below, gradients know no buckets: parallel/sums.py
+    if stage < 2:
+        zero["reduce_bucket_size"] = min(BUCKETS)  # what travels at once, and is in place: parallel/sums.py
+    else:
         zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": bucket}
     if stage in (1, 2):
         zero["allgather_bucket_size"] = max(BUCKETS)

@@ -78,7 +78,6 @@ class Runtime:
     gradient_width: int = 2  # bytes of a gradient on a link
     summed_width: int = 2  # and of one that travels once a step
     scatters: tuple[int, ...] = (2, 3)  # the ZeRO stages whose gradients are scattered, not all-reduced
-    late: bool = False  # gradients that travel once a step do so when its last backward pass is over
     flash: bool = True
     state_bytes: float = 12.0  # a parameter: fp32 master weight and two moments
     constants: Constants = Constants()
@@ -91,7 +90,7 @@ class Runtime:
 # fmt: off
 DESIGN = {
     # ours: gradients travel in the weights' type (DeepSpeed's stage 2 all-reduces them), and once a step in fp32: parallel/sums.py
-    "megalite": Runtime("megalite", rule="cost", outer="dp", summed_width=4, scatters=(1, 3), late=True),
+    "megalite": Runtime("megalite", rule="cost", outer="dp", summed_width=4, scatters=(1, 3)),
     # nanotron: pipeline stages by a threshold on cost, ranks as (pp, dp, tp), fp32 gradients, ZeRO-1 scatters them
     "nanotron": Runtime(
         "nanotron", rule="threshold", outer="pp", gradient_width=4, summed_width=4, scatters=(1, 2, 3),

@@ -160,13 +160,13 @@ def _reductions(layouts: Layouts, weights: Array, gathered: Array, *, backward: 
     beta = np.where(nodes > 1, cluster.between(nodes) * c.zero_between / rings, cluster.inside * c.zero_inside)
     move = (n - 1) / n * weights / beta  # seconds a byte width of 1, one way
     many = layouts.microbatches
-    once, stage = layouts.once, np.where(layouts.once & (layouts.stage == 2), 1, layouts.stage)
-    rounds = np.where(once, 1, many)
+    stage = np.where(layouts.once & (layouts.stage == 2), 1, layouts.stage)
+    rounds = np.where(layouts.once, 1, many)
     ways = np.where(np.isin(stage, runtime.scatters), 1, 2)
-    reduce = move * ways * np.where(once, runtime.summed_width, runtime.gradient_width) * rounds
+    reduce = move * ways * np.where(layouts.once, runtime.summed_width, runtime.gradient_width) * rounds
     gather = np.where((layouts.stage > 0) & (layouts.stage < 3), move * runtime.width, 0.0)
     gathers = np.where(layouts.stage == 3, gathered / weights * move * runtime.width, 0.0)
-    hidden = np.where(once & runtime.late, 0.0, np.minimum(reduce * c.zero_hidden, backward * rounds))
+    hidden = np.minimum(reduce * c.zero_hidden, backward * rounds)
     covered = np.minimum(gathers * c.zero_hidden, backward * many)
     latency = c.alpha_between * np.log2(np.maximum(nodes, 1)) * rounds
     return np.where(n > 1, reduce - hidden + gather + gathers - covered + latency, 0.0)

@@ -55,6 +55,8 @@ def draw(seed: int) -> tuple[Config, dict[str, Any]]:
                 if seed % 2:  # most often a limit that a stage does not fit into, and some weights ahead
                     limits = {"stage3_max_live_parameters": pick.randrange(2000, 40_000), "stage3_max_reuse_distance": 10**9}
                     zero |= {**limits, "stage3_prefetch_bucket_size": pick.choice((0, 1000, 5000))}
+                if seed % 3 and (stage < 2 or config.train.reduce == "step"):
+                    zero["reduce_bucket_size"] = pick.randrange(500, 20_000)
                 if stage and pick.random() < 0.2:
                     zero["offload_optimizer"] = {"device": "cpu"}
                 return resolve_mesh(config, world), {"zero_optimization": zero}

@@ -68,7 +68,9 @@ def keep_the_gradients_of_the_step_before() -> None:
     from megalite.parallel.zero import Zero
 
     @contextmanager
-    def step(self: Any) -> Iterator[None]:
+    def step(self: Any, num_microbatches: int) -> Iterator[None]:
+        if self.sums:
+            self.sums.missing = [num * num_microbatches for num in self.sums.num_weights]
         yield
         if self.gathering:
             self.gathering.end_step()

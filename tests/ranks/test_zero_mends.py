@@ -33,7 +33,7 @@ from compare import config_of, difference, on_mesh, reference
 
 
 @contextmanager
-def _only_the_weights(self: zero.Zero) -> Iterator[None]:
+def _only_the_weights(self: zero.Zero, num_microbatches: int) -> Iterator[None]:
     """`Zero.step` without zeroing the gradient partition."""
     yield
     self.gathering.end_step()  # type: ignore[union-attr]
