@@ -45,6 +45,7 @@ class Sums(ABC):
             parameter.register_post_accumulate_grad_hook(partial(self._add, len(self.buffers), place))
         self.buffers.append(buffer)
         self.num_weights.append(len(places))
+        self.missing.append(0)
 
     def clear(self, num_microbatches: int) -> None:
         """Before the first microbatch of a step of so many."""

@@ -35,7 +35,7 @@ LAYOUTS: dict[str, tuple[dict[str, int], int, str]] = {  # name -> degrees, ZeRO
     "one rank": ({}, 0, "1f1b"),
     "dp2 zero3": ({"dp": 2}, 3, "1f1b"),
     "dp3 zero2": ({"dp": 3}, 2, "1f1b"),
-    "pp2 zero1": ({"pp": 2}, 1, "1f1b"),
+    "dp2 pp2 zero1": ({"dp": 2, "pp": 2}, 1, "1f1b"),
     "pp4 zero3": ({"pp": 4}, 3, "gpipe"),
     "tp2 zero3": ({"tp": 2}, 3, "1f1b"),
     "tp4 zero1": ({"tp": 4}, 1, "1f1b"),
@@ -78,6 +78,8 @@ def _owned(engine: Any) -> dict[str, Any]:
 
 def _engine(config: Config, layout: str) -> Any:
     zero = {"stage": LAYOUTS[layout][1], "stage3_param_persistence_threshold": 0, **OFFLOADED.get(layout, {})}
+    if zero["stage"] < 2:
+        zero["reduce_bucket_size"] = 3000  # so that there are many parameter groups
     return parity.start_engine(config, {"zero_optimization": zero})
 
 
