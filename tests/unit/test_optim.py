@@ -1,4 +1,4 @@
-"""Learning rates against their closed forms, and which parameters decay."""
+"""Learning rates against their closed forms, which parameters decay, and how they are grouped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -96,3 +97,9 @@ def test_matrices_and_embeddings_decay_and_biases_and_norms_do_not(family: str) 
         assert optim.decays(name, shape) == (name.endswith(".weight") and "norm" not in name), name
     assert optim.decays("embed.token.weight", shapes["embed.token.weight"])
     assert not optim.decays("layers.0.attention_norm.weight", shapes["layers.0.attention_norm.weight"])
+
+
+def test_runs_hold_as_many_weights_as_fit_and_a_larger_one_alone() -> None:
+    weights = [torch.empty(size) for size in (5, 3, 9, 1, 1, 8)]
+    assert [[weight.numel() for weight in run] for run in optim.runs(weights, 8)] == [[5, 3], [9], [1, 1], [8]]
+    assert optim.runs(weights, 27) == [weights] and optim.runs([], 8) == []
