@@ -93,11 +93,12 @@ class _Account(Sizes):
         after = replace(alive, blocks=alive.blocks - gone, summed=np.ones_like(self.own), ended=ended)
         return _where(there, self.deep(after, flushed=True))
 
-    def _copies(self, elements: Array, *, mine: Array | float) -> Array:
+    def _copies(self, elements: Array, *, mine: Array | float, largest: Array) -> Array:
         """A full bucket is lined up again, and of this rank's share of it there is a copy in fp32, of `mine` elements at once; under ZeRO-3
-        of all of its share, and a second one if the sums are on the host.
+        of all of its share, and if the sums are on the host then a second one of the share of its `largest` weight.
         """
-        return self.lined * elements + 4.0 * mine * self.plain
+        second = self.shares * (self.offload >= 1) * largest
+        return self.shares * elements + np.maximum(self.lined * elements, second) + 4.0 * mine * self.plain
 
     def reduction(self, alive: Alive) -> Parts:
         """The first bucket is full."""
@@ -116,13 +117,13 @@ class _Account(Sizes):
             ],
             block + self.first,
         )
-        found = self._state(replace(alive, summed=np.ones_like(self.own)))
+        found = self._state(replace(alive, summed=np.ones_like(self.own), ended=np.maximum(alive.ended, together > 0)))
         found["activations"] = found["activations"] - (blocks + 1) * self.kept
         # what may be fetched ahead ends with the blocks, where the embedding is next and does not fit
         ends = (alive.bottom > 0) & (alive.behind == 0) & (self.words > self.ahead)
         rest = self.lasting + alive.chunk * self.block + together - filled
         found["gathered"] = np.where(ends, np.minimum(found["gathered"], self.gathers * rest), found["gathered"])
-        found["working"] = self.coming + left + self._copies(filled, mine=self.part)
+        found["working"] = self.coming + left + self._copies(filled, mine=self.part, largest=self.largest)
         return _where(there, found)
 
     def large_head(self, alive: Alive) -> Parts:
@@ -142,11 +143,12 @@ class _Account(Sizes):
         owned = (self.shards == 1) | (alive.bottom > 0) | (alive.behind == 0)  # by some rank, of a first or last chunk
         mine = (alive.chunk > 0) * owned * self.part
         with_head = (first > 0) & ~self.too_large & (all_of_it <= self.bucket)
-        before = self._copies(rest, mine=np.where(with_head, np.maximum(mine, self.share), mine))
+        before = self._copies(rest, mine=np.where(with_head, np.maximum(mine, self.share), mine), largest=self.largest)
         piece = np.maximum(self.piece, self.copied - (1.0 - alive.ended) * self.sum_ends)  # copied before sums are made
         before = np.where((first > 0) & self.too_large & (alive.chunk == 0), w * words - self.held_on + piece, before)  # a head alone
-        after = np.maximum(before, self._copies(words, mine=self.share) - w * words)
-        together = self._copies(rest + words, mine=np.maximum(mine, self.share)) - w * words  # its gradient moves into the bucket
+        after = np.maximum(before, self._copies(words, mine=self.share, largest=words) - w * words)
+        both = self._copies(rest + words, mine=np.maximum(mine, self.share), largest=words)
+        together = both - w * words  # its gradient moves into the bucket
         last = np.select([self.once, self.too_large, rest + words > self.bucket], [0.0, np.maximum(before, piece), after], together)
         # the head's gradient has waited for the embedding's, and they are added up
         own = np.where(self.both > 0, np.maximum(2 * w * words, last), w * words + last)

@@ -201,8 +201,8 @@ class Sizes:
         self.part = np.minimum(self.matrices[1], self.split.blocks * self.block / self.shards)
         moved = (self.shards > 1) | (self.offload >= 1)  # else gradients are added as they come
         twice = 1.0 + (self.offload >= 1)
-        streamed = moved * np.maximum(4.0 / self.shards + w, twice * 4.0 / self.shards)
-        self.lined = np.where(self.stage == 3, streamed, w) * ~self.once  # bytes an element
+        self.lined = np.where(self.stage == 3, moved * w, w) * ~self.once  # bytes an element
+        self.shares = np.where(self.stage == 3, moved * 4.0 / self.shards, 0.0) * ~self.once
         # a weight too large for a bucket goes alone, piece by piece, on its way to the host as a copy
         pieces = np.floor(self.bucket / self.share) + 1
         piece = np.where((self.shards > 1) & (pieces > 1) & (self.stage == 2), w * np.minimum(words, pieces * self.share), 0.0)
