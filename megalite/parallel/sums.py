@@ -63,8 +63,10 @@ class Sums(ABC):
             for work in self.under_way.values():
                 work.wait()
             self.under_way.clear()
-            torch._foreach_div_(self._parts(), num)  # pyright: ignore[reportPrivateImportUsage]
-        self.hand_over(self._parts())
+        parts = [self._part(buffer) for buffer in self.buffers]
+        if num > 1:
+            torch._foreach_div_(parts, num)  # pyright: ignore[reportPrivateImportUsage]
+        self.hand_over(parts)
 
     @torch.no_grad()
     def _add(self, number: int, place: Tensor, parameter: nn.Parameter) -> None:
@@ -79,11 +81,12 @@ class Sums(ABC):
         buffer = self.buffers[number]
         if self.whole:
             return dist.all_reduce(buffer, group=self.group, async_op=True)
-        return dist.reduce_scatter_tensor(self._parts()[number], buffer, group=self.group, async_op=True)  # in place
+        return dist.reduce_scatter_tensor(self._part(buffer), buffer, group=self.group, async_op=True)  # in place
 
-    def _parts(self) -> list[Tensor]:
-        num, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        return self.buffers if self.whole else [buffer.chunk(num)[rank] for buffer in self.buffers]
+    def _part(self, buffer: Tensor) -> Tensor:
+        """What this rank updates."""
+        size, rank = len(buffer) // dist.get_world_size(self.group), dist.get_rank(self.group)
+        return buffer if self.whole else buffer[rank * size : (rank + 1) * size]
 
 
 class FlatSums(Sums):
