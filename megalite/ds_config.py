@@ -28,11 +28,12 @@ OWNED = {  # DeepSpeed's keys that the run config decides
     "scheduler": "optimizer.schedule",
     "managed_gradient_accumulation": "train.reduce",
 }
-REDUCTION = {  # how DeepSpeed reduces every microbatch's gradients, with its own values
+REDUCTION: dict[str, Any] = {  # how every microbatch's gradients travel, with DeepSpeed's own values: parallel/sums.py
     "communication_data_type": None,
     "prescale_gradients": False,
     "gradient_predivide_factor": 1.0,
 }
+TRAVEL_AS = ("fp32", "fp16", "bf16")
 PASSED = (  # and those that are handed on as they are
     "zero_optimization",
     *REDUCTION,
@@ -48,6 +49,7 @@ REFUSED = {  # keys of zero_optimization that change what is computed, or where,
     "zenflow": "updates weights with gradients of earlier steps, which no other layout computes; take it out",
     "zero_quantized_nontrainable_weights": "is for weights that are not trained, and here all are; take it out",
 }
+ALWAYS = ("contiguous_gradients", "reduce_scatter")  # what is done whatever they say: parallel/sums.py
 
 
 def read_document(config: Config) -> dict[str, Any]:
@@ -106,18 +108,35 @@ def _check_zero(config: Config, document: dict[str, Any], path: Path) -> None:
     for key, reason in REFUSED.items():
         if zero.get(key):
             raise UserError(f"{path}: zero_optimization.{key} {reason}")
+    for key in ALWAYS:
+        if not zero.get(key, True):
+            raise UserError(f"{path}: zero_optimization.{key} = false, but gradients of ZeRO-1 to 3 are always scattered; take it out")
     _check_offload(zero, stage, path)
     _check_zeropp(config, zero, stage, path)
     train = config.train
-    for key, usual in REDUCTION.items():
-        if (stage < 2 or train.reduce == "step") and (value := document.get(key, usual)) != usual:
-            raise UserError(
-                f"{path} sets {key} = {json.dumps(value)}, but gradients that are reduced once a step are sent in fp32; take it out"
-            )
+    _check_reduction(document, path, once=stage < 2 or train.reduce == "step")
     if stage < 2 and train.reduce == "microbatch":
         raise UserError(f"train.reduce = microbatch, but ZeRO-{stage} reduces once a step; leave train.reduce out or use ZeRO-2 or 3")
     if zero.get("zero_quantized_gradients") and train.reduce == "step":
         raise UserError(f"{path}: zero_quantized_gradients with train.reduce = step, which sends gradients in fp32; take one of them out")
+
+
+def _check_reduction(document: dict[str, Any], path: Path, *, once: bool) -> None:
+    told = {key: document.get(key, usual) for key, usual in REDUCTION.items()}
+    for key, usual in REDUCTION.items():
+        if once and told[key] != usual:
+            raise UserError(
+                f"{path} sets {key} = {json.dumps(told[key])}, but gradients that are reduced once a step are sent in fp32; take it out"
+            )
+    travel, prescale, divide = told.values()
+    if travel not in (None, *TRAVEL_AS):
+        raise UserError(
+            f"{path}: communication_data_type = {json.dumps(travel)}, but it is one of {', '.join(TRAVEL_AS)}; choose one of them"
+        )
+    if type(prescale) is not bool:
+        raise UserError(f"{path}: prescale_gradients = {json.dumps(prescale)}, but it is true or false")
+    if type(divide) not in (int, float) or divide <= 0:
+        raise UserError(f"{path}: gradient_predivide_factor = {json.dumps(divide)}, but gradients are divided by a number above 0")
 
 
 def _check_offload(zero: dict[str, Any], stage: int, path: Path) -> None:

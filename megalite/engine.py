@@ -27,7 +27,7 @@ from megalite.models import counts as costing
 from megalite.models.attention import attend, positions_in, with_spans
 from megalite.models.batch import HIDDEN, TOKENS
 from megalite.models.layers import Block, split_vocabulary
-from megalite.parallel import mends, stages, tensor, zero
+from megalite.parallel import mends, settings, stages, tensor, zero
 from megalite.parallel.context import share as share_sequence
 from megalite.parallel.gradients import LossScale
 from megalite.parallel.pipeline import Batch, Pipeline
@@ -73,6 +73,10 @@ class Stage(nn.Module):
         """The layers of all chunks."""
         return [self.get_submodule(name) for order in self.orders for name in order]
 
+    def chunks(self) -> dict[nn.Parameter, int]:
+        """Every weight, in order, and the number of its chunk."""
+        return {weight: n for n, order in enumerate(self.orders) for name in order for weight in self.get_submodule(name).parameters()}
+
     def forward(self, x: Tensor, batch: Batch, chunk: int = 0) -> Tensor:
         """Ids (b, s) or a hidden state (b, s, d) in, a hidden state or the parts of the loss out."""
         for name in self.orders[chunk]:
@@ -86,30 +90,26 @@ class Engine:
 
     def __init__(self, config: Config, mesh: Mesh, *, document: dict[str, Any]) -> None:
         """`document` is the DeepSpeed JSON; `{}` means no ZeRO. config.model.vocab must be known."""
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, train = config, mesh, config.train
         self.dtype = DTYPES[config.train.precision]
         self.dropout = config.model.dropout > 0 or config.model.attention_dropout > 0
         self.num_microbatches = config.train.global_batch // (mesh.dp * config.train.micro_batch)
         mends.start()
-        stage = document.get("zero_optimization", {}).get("stage", 0)
-        configuration = zero.settings(
-            document, precision=config.train.precision, micro_batch=config.train.micro_batch, reduce=config.train.reduce or "microbatch"
-        )
-        if (size := configuration["zero_optimization"].get("zero_hpz_partition_size", 1)) > 1:
+        zero.check(document)
+        chosen = settings.choose(document, precision=train.precision, micro_batch=train.micro_batch, reduce=train.reduce)
+        if (size := chosen.configuration["zero_optimization"].get("zero_hpz_partition_size", 1)) > 1:
             mends.open_secondary_groups(mesh, size)
-        module = self._build(shard=stage == 3, configuration=configuration)
+        module = self._build(chosen)
         tied = {name for pair in models.tied(config.model).items() for name in pair}
         self.zero = zero.Zero(
             module,
             mesh=mesh,
-            configuration=configuration,
-            zero_stage=stage,
-            optimizer=self._optimizer(module, tied, most=zero.most_at_once(configuration)),
+            settings=chosen,
+            optimizer=self._optimizer(module, tied, most=chosen.group),
             tied=tied,
-            sequence_parallel=config.train.sequence_parallel,
-            folder=zero.offload_folder(document),
+            sequence_parallel=train.sequence_parallel,
         )
-        if config.train.compile:
+        if train.compile:
             self._compile(module)
         self.pipelines: dict[int, Pipeline] = {}
         self._pipeline(config.sequence)
@@ -147,7 +147,7 @@ class Engine:
             )
         return self.pipelines[sequence]
 
-    def _build(self, *, shard: bool, configuration: dict[str, Any]) -> Stage:
+    def _build(self, chosen: settings.Settings) -> Stage:
         model, mesh = self.config.model, self.mesh
         layers, plan, tied = models.layers(model), models.plan(model), models.tied(model)
         costs = costing.layer_costs(model, self.config.sequence)
@@ -161,8 +161,8 @@ class Engine:
             tensor.cut(layer, name, plan=plan, mesh=mesh, sequence_parallel=self.config.train.sequence_parallel)
             split_vocabulary(layer, self.config.train.loss_pieces)
             self._draw(layer, known, tied)
-            if shard:
-                zero.shard(layer, configuration=configuration, mesh=mesh, dtype=self.dtype)
+            if chosen.stage == 3:
+                zero.shard(layer, configuration=chosen.configuration, mesh=mesh, dtype=self.dtype)
             for parameter in layer.parameters():
                 known[parameter.cut.name] = parameter  # type: ignore[attr-defined]
             chunks[number][name] = layer
@@ -182,37 +182,37 @@ class Engine:
                     source.cut = cut  # type: ignore[attr-defined]
                 setattr(module, leaf, source)
 
-    def _optimizer(self, module: nn.Module, tied: set[str], *, most: int) -> torch.optim.AdamW:
-        """AdamW over groups: decayed or not, cut by tensor parallelism or held whole, and the tied weight.
+    def _optimizer(self, module: Stage, tied: set[str], *, most: int) -> torch.optim.AdamW:
+        """AdamW over groups of at most `most` elements: decayed or not, cut by tensor parallelism or held whole, and the tied weight.
 
-        ZeRO 1 and 2 cut a group's flat buffer by rank; what several ranks hold as copies lies in groups of its own, so that they cut it
-        alike. Where gradients are reduced once a step, a group of at most `most` elements is what travels at once.
+        A group is of one chunk, laid out as its backward pass goes. ZeRO 1 and 2 cut a group's flat buffer by rank; what several ranks
+        hold as copies lies in groups of its own, so that they cut it alike.
         """
-        settings = self.config.optimizer
-        groups: dict[tuple[bool, str], list[nn.Parameter]] = {}
-        for parameter in module.parameters():
+        rule = self.config.optimizer
+        groups: dict[tuple[int, bool, str], dict[str, list[nn.Parameter]]] = {}
+        for parameter, chunk in reversed(module.chunks().items()):
             cut = parameter.cut  # type: ignore[attr-defined]
             kind = "tied" if cut.name in tied else "whole" if cut.dim is None else "cut"
-            groups.setdefault((optim.decays(cut.name, cut.shape), kind), []).append(parameter)
+            groups.setdefault((-chunk, optim.decays(cut.name, cut.shape), kind), {}).setdefault(cut.layer, []).append(parameter)
         return torch.optim.AdamW(
             [
-                {"params": parameters, "weight_decay": settings.weight_decay * decays}
-                for (decays, _), weights in sorted(groups.items(), key=lambda group: group[0])
-                for parameters in optim.runs(weights, most)
+                {"params": parameters, "weight_decay": rule.weight_decay * decays}
+                for (_, decays, _), layers in sorted(groups.items(), key=lambda group: group[0])
+                for parameters in optim.runs(layers.values(), most, size=Tensor.numel)
             ],
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
+            lr=rule.lr,
+            betas=rule.betas,
+            eps=rule.eps,
             fused=self.mesh.device.type != "cpu",
         )
 
     def step(self, step: int, microbatches: list[Batch]) -> Report:
         """Take optimizer step number `step` (from 0) on this rank's microbatches of the global batch."""
-        settings = self.config
-        lr = optim.learning_rate(step, settings.optimizer, settings.train.steps)
+        config = self.config
+        lr = optim.learning_rate(step, config.optimizer, config.train.steps)
         losses = self._pipeline(length_of(microbatches)).train(list(self._deal(microbatches, step=step)))
-        norm, summed = self.zero.update(lr=lr, clip=settings.train.clip, beside=self._share(losses))
-        return Report(parts=dict(zip(models.parts(settings.model), summed, strict=True)), grad_norm=norm, lr=lr, skipped=self.zero.overflow)
+        norm, summed = self.zero.update(lr=lr, clip=config.train.clip, beside=self._share(losses))
+        return Report(parts=dict(zip(models.parts(config.model), summed, strict=True)), grad_norm=norm, lr=lr, skipped=self.zero.overflow)
 
     def state(self) -> dict[str, Any]:
         """The few numbers beside the pieces that a run goes on from; what data, dropout and the schedule do is a function of the step."""

@@ -52,6 +52,12 @@ class Cut:
             assert sum(self.parts) == self.shape[self.dim], f"{self.name}: sections {self.parts} do not add up to {self.shape[self.dim]}"
 
     @property
+    def layer(self) -> str:
+        """Which layer of the model it belongs to: "embed", "layers.17"."""
+        first, second, *_ = self.name.split(".")
+        return f"{first}.{second}" if second.isdigit() else first
+
+    @property
     def whole(self) -> bool:
         return self.dim is None or self.num == 1
 

@@ -7,17 +7,12 @@ In: `config.Optimizer`, the step counted from 0, the number of steps; a paramete
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from megalite.config import Optimizer
 
-
-class _Sized(Protocol):
-    def numel(self) -> int: ...
-
-
-Weight = TypeVar("Weight", bound=_Sized)
+Weight = TypeVar("Weight")
 
 
 def learning_rate(step: int, optimizer: Optimizer, steps: int) -> float:
@@ -50,16 +45,21 @@ def learning_rate(step: int, optimizer: Optimizer, steps: int) -> float:
     return peak * (optimizer.min_lr + (1 - optimizer.min_lr) * left)
 
 
-def runs(weights: Iterable[Weight], most: int) -> list[list[Weight]]:
-    """Weights in their order, in runs of at most so many elements, or of one weight that has more."""
+def runs(layers: Iterable[list[Weight]], most: int, *, size: Callable[[Weight], int]) -> list[list[Weight]]:
+    """The weights of neighbouring layers, in their order, in runs of at most `most` elements; of a larger layer each weight alone."""
     found: list[list[Weight]] = []
     room = 0
-    for weight in weights:
-        if not found or weight.numel() > room:
+    for layer in layers:
+        whole = sum(map(size, layer))
+        if whole > most:
+            found += [[weight] for weight in layer]
+            room = 0
+            continue
+        if whole > room or not found:
             found.append([])
             room = most
-        found[-1].append(weight)
-        room -= weight.numel()
+        found[-1] += layer
+        room -= whole
     return found
 
 

@@ -17,7 +17,7 @@ import deepspeed.utils.groups as zero_groups
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalite.mesh import Mesh
 
@@ -60,53 +60,6 @@ def leave_forwards_alone(engine: Any) -> None:
     """
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
-
-
-def let_the_host_run_ahead(optimizer: Any) -> None:
-    """After every backward pass DeepSpeed 0.19.8 waits until the GPU has reduced all gradients, so that the GPU has nothing to do until the
-    host has called the next pass. Here the stream that computes waits, and the host does not; it must where gradients go to the host.
-    """
-    if not torch.cuda.is_available() or getattr(optimizer, "offload_optimizer", False) or getattr(optimizer, "cpu_offload", False):
-        return
-    accelerator: Any = get_accelerator()
-    finish, wait = optimizer.independent_gradient_partition_epilogue, accelerator.synchronize
-    stream = getattr(optimizer, "reduce_and_partition_stream", None) or optimizer.reduction_stream
-
-    class Stream(torch.cuda.Stream):
-        def synchronize(self) -> None:
-            torch.cuda.current_stream().wait_stream(self)
-
-    patient = Stream(stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type)
-    for name in ("reduce_and_partition_stream", "reduction_stream"):
-        if hasattr(optimizer, name):
-            setattr(optimizer, name, patient)
-
-    def finish_in_order(*args: Any, **kwargs: Any) -> Any:
-        accelerator.synchronize = patient.synchronize
-        try:
-            return finish(*args, **kwargs)
-        finally:
-            accelerator.synchronize = wait
-
-    optimizer.independent_gradient_partition_epilogue = finish_in_order
-
-
-def keep_gradients_of_one_rank(optimizer: Any) -> None:
-    """Gradients of weights that no other rank holds are whole, and are added to their sums as they come.
-
-    DeepSpeed 0.19.8 copies them into a bucket and together, divides them by 1, scatters them over one rank and copies them into fp32
-    before it adds them: an eighth of the step of a model on one GPU.
-    """
-    if optimizer.offload_optimizer:
-        return
-    sums = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-
-    def add(parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        sums[parameter.ds_id].add_(parameter.grad.view(-1))  # type: ignore[attr-defined]
-        parameter.grad = None
-
-    optimizer.reduce_independent_p_g_buckets_and_remove_grads = torch.no_grad()(add)
 
 
 def add_biases_out_of_place() -> None:

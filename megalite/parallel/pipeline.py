@@ -92,12 +92,11 @@ class _Stage(PipelineStage):
     def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: dict[str, Any], last_backward: bool = False) -> Any:
         output = bwd_kwargs["stage_output"]
         if self.is_last:
-            scalar = output.sum() if self.zero.scale is None else output.sum() * self.zero.scale.value
+            self.zero.backward(output.sum() if self.zero.scale is None else output.sum() * self.zero.scale.value)
         else:
             (hidden,) = output if isinstance(output, (tuple, list)) else (output,)
             (received,) = bwd_kwargs["output_grads"]
-            scalar = (hidden * received).sum()
-        self.zero.backward(scalar)
+            self.zero.backward(hidden, received)
         return tuple(getattr(value, "grad", None) for value in bwd_kwargs["input_values"]), None
 
 

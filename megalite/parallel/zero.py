@@ -11,10 +11,8 @@ matter of how it is called, below; docs/design/zero.md tells how it was found.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -27,6 +25,7 @@ import deepspeed.utils.groups as zero_groups
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.comm.coalesced_collectives import all_to_all_quant_reduce
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -35,51 +34,11 @@ from megalite.config import suggest
 from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.parallel import gradients, mends
+from megalite.parallel.buckets import FlatBuckets, ShardedBuckets
 from megalite.parallel.gather import Gathering, Limits
 from megalite.parallel.pieces import Flat, Piece, Sharded
-from megalite.parallel.sums import FlatSums, ShardedSums, Sums
-
-
-def settings(document: dict[str, Any], *, precision: str, micro_batch: int, reduce: str) -> dict[str, Any]:
-    """The configuration DeepSpeed runs with: the user's JSON and what the run config owns.
-
-    Our own 1/microbatches is in the loss, so DeepSpeed's accumulation is 1. Clipping is ours too: the norm is one of the whole mesh.
-    """
-    zero = dict(document.get("zero_optimization", {}))
-    stage = zero.get("stage", 0)
-    check(document)
-    if offload_folder(document):
-        zero["offload_optimizer"] = {"device": "cpu"}  # to DeepSpeed host memory, whose pages lie in files, see disk.py
-    # ZeRO 0 and 1 use the buffers of DeepSpeed's stage 2, over a group of one and over all, and sums of their own (sums.py). Stage 0 of
-    # DeepSpeed 0.19.8 reports a norm of 0; its stage 1 routes bf16 to another optimizer, which accumulates and clips by itself, and adds
-    # up fp16 gradients in fp16.
-    engine_stage = max(stage, 2)
-    owned = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": reduce == "step" or stage < 2,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": precision == "fp16", "loss_scale": 1.0},  # the scale is ours: DeepSpeed's would multiply once a stage
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": None,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host too, and needs no compiler there
-        "zero_optimization": {**zero, "stage": engine_stage},
-    }
-    return {**document, **owned}
-
-
-def most_at_once(configuration: dict[str, Any]) -> int:
-    """How many elements a parameter group may have: as a bucket, where it is one (sums.py)."""
-    once, zero = configuration["managed_gradient_accumulation"], configuration["zero_optimization"]
-    return int(zero.get("reduce_bucket_size", 5e8)) if once and zero["stage"] < 3 else sys.maxsize
-
-
-def offload_folder(document: dict[str, Any]) -> Path | None:
-    """Where on a local disk the optimizer's state goes, if the JSON says so."""
-    offload = document.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return Path(offload["nvme_path"]) if offload.get("device") == "nvme" else None
+from megalite.parallel.settings import Settings
+from megalite.parallel.sums import Exchange, MicrobatchSums, StepSums, Sums
 
 
 def check(document: dict[str, Any]) -> None:
@@ -100,6 +59,15 @@ def check(document: dict[str, Any]) -> None:
     quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
     if quantized and get_accelerator().device_name() == "cpu":  # type: ignore[union-attr]
         raise UserError(f"zero_optimization.{quantized[0]} needs a GPU, for which DeepSpeed compiles its quantizer; take it out")
+
+
+def _exchange(inner: Any) -> Exchange | None:
+    """ZeRO++'s quantized reduction, where the JSON asks for it and there is more than one node."""
+    accelerator: Any = get_accelerator()
+    groups = getattr(inner, "all2all_process_group", None)  # of stage 3 alone
+    if groups is None or dist.get_world_size() <= accelerator.device_count():
+        return None
+    return lambda gradient: all_to_all_quant_reduce([gradient], groups)[0]
 
 
 class _Axes:
@@ -155,15 +123,14 @@ class Zero:
         stage: nn.Module,
         *,
         mesh: Mesh,
-        configuration: dict[str, Any],
-        zero_stage: int,
+        settings: Settings,
         optimizer: torch.optim.Optimizer,
         tied: set[str],
         sequence_parallel: bool = False,
-        folder: Path | None = None,
     ) -> None:
-        """`stage.in_order()` lists its layers. `folder`: on a local disk, for what the optimizer keeps; None leaves it in memory."""
-        self.mesh, self.zero_stage = mesh, zero_stage
+        """`stage.in_order()` lists its layers."""
+        configuration, zero_stage = settings.configuration, settings.stage
+        self.mesh, self.forward = mesh, stage
         self.partial = sequence_parallel  # gradients of what tensor-parallel ranks hold as copies come in parts
         group = mesh.group("alone" if zero_stage == 0 else "copies")
         self.engine, *_ = deepspeed.initialize(
@@ -173,13 +140,11 @@ class Zero:
             mends.leave_forwards_alone(self.engine)
         self.inner: Any = self.engine.optimizer
         self.sharded = zero_stage == 3
-        self.sums: Sums | None = None
-        if configuration["managed_gradient_accumulation"]:
-            kind = ShardedSums if self.sharded else FlatSums
-            self.sums = kind(self.inner, mesh.group("copies"), whole=zero_stage == 0)
-        self.forward = stage if self.sums else self.engine  # plain PyTorch, where DeepSpeed has nothing to do before the step ends
         self.before_update: Callable[[list[Piece]], None] | None = None
-        self.owned = (Sharded if self.sharded else Flat)(self.inner, mesh=mesh, tied=tied, replicated=zero_stage == 0, folder=folder)
+        self.owned = (Sharded if self.sharded else Flat)(
+            self.inner, mesh=mesh, tied=tied, replicated=zero_stage == 0, folder=settings.folder
+        )
+        self.sums = self._sums(settings)
         cuts = [parameter.cut for parameter in stage.parameters()]  # type: ignore[attr-defined]
         self.uneven = mesh.tp > 1 and any(part % mesh.tp for cut in cuts for part in cut.parts)
         self.scale = gradients.LossScale() if configuration["fp16"]["enabled"] else None
@@ -196,8 +161,6 @@ class Zero:
         self.inner.complete_grad_norm_calculation_for_cpu_offload = self.inner.get_grad_norm_direct
         self.inner.check_overflow = lambda *_, **__: setattr(self.inner, "overflow", self.overflow)
         self.inner.check_grad_overflow = True
-        if not self.sums:
-            mends.let_the_host_run_ahead(self.inner)
         self.gathering: Gathering | None = None
         if self.sharded:
             self.inner.parameter_offload.fwd_pre_hook.remove()
@@ -210,42 +173,39 @@ class Zero:
                 device=mesh.device,
                 quantized=zero.zero_quantized_weights(),
             )
-            if dist.get_world_size(group) == 1 and not self.sums:
-                mends.keep_gradients_of_one_rank(self.inner)
+
+    def _sums(self, settings: Settings) -> Sums:
+        group, device, inner = self.mesh.group("copies"), self.mesh.device, self.inner
+        num_ranks, exchange = dist.get_world_size(group), _exchange(inner)
+        if self.sharded:
+            buckets = ShardedBuckets(inner, num_ranks=num_ranks, most=1 if exchange else settings.bucket)
+        else:
+            buckets = FlatBuckets(inner)
+        alone = num_ranks == 1 and not any(bucket.host is not None for bucket in buckets.every)  # nothing to send, and nowhere else to go
+        if settings.reduce == "step" or alone:
+            return StepSums(buckets, group, device=device, whole=settings.stage == 0)
+        return MicrobatchSums(
+            buckets,
+            group,
+            device=device,
+            dtype=settings.dtype,
+            overlap=settings.configuration["zero_optimization"].get("overlap_comm") is not False,
+            divide=settings.divide or num_ranks,
+            exchange=exchange,
+        )
 
     @contextmanager
     def step(self, num_microbatches: int) -> Iterator[None]:
         """Around all microbatches of one optimizer step."""
-        # DeepSpeed copies the first gradient of a step over the partition and adds the later ones, and tells them apart by
-        # counting forwards (stage 3) or backwards (stages 1 and 2, offloaded). Under a schedule that count is wrong: GPipe runs all
-        # forwards first, and a stage of several chunks first reaches some parameters in a later backward, where last step's
-        # gradient still lies. Zero, then add; counting backwards, the first one may overwrite the zeros.
-        if self.sums:
-            self.sums.clear(num_microbatches)
-        elif self.sharded:
-            self.inner.grad_partitions_flat_buffer.zero_()
-        for buffer in self._host_sums():
-            buffer.zero_()
+        self.sums.begin(num_microbatches)
         yield
         if self.gathering:
             self.gathering.end_step()
 
-    def backward(self, scalar: Tensor) -> None:
-        """Go back from a scalar; gradients are reduced, or added to `sums` when reducing once a step.
-
-        A stage that is not the last passes (output * received gradient).sum(). torch.autograd.backward would enter DeepSpeed's
-        hooks too, but loses microbatches in flight.
-        """
-        if self.sums:
-            scalar.backward()
-            return
-        if self.sharded:
-            self.inner.micro_step_id = 1  # not the first: add (see `step`)
-        self.engine.backward(scalar)
-
-    def _host_sums(self) -> list[Tensor]:
-        """Where DeepSpeed's stages 1 and 2 sum up offloaded gradients, parameter by parameter; they are made in the first step."""
-        return list(getattr(self.inner, "accumulated_grads_in_cpu", {}).values())
+    def backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
+        """Go back from a scalar, or from what a stage put out and the gradient that it received of it."""
+        output.backward(gradient)
+        self.sums.end_pass()
 
     def aside(self) -> AbstractContextManager[None]:
         """Around forwards that are no training step (validation)."""
@@ -265,8 +225,7 @@ class Zero:
     @torch.no_grad()
     def _finish(self) -> None:
         """Between DeepSpeed's reduction and its optimizer: the missing sums, unscale, norm, clip, then the step, or none on overflow."""
-        if self.sums:
-            self.sums.reduce()
+        self.sums.reduce()
         pieces = self.pieces()
         gradients.complete(pieces, self.mesh, partial=self.partial, uneven=self.uneven)
         if self.scale:

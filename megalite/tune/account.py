@@ -1,21 +1,17 @@
-"""The account of our engine's memory, at the moments of memory.py: DeepSpeed's flat buffers and buckets (parallel/zero.py), the tensors
-that autograd keeps of each block (models/layers.py), and what the schedule holds (parallel/pipeline.py).
+"""The account of our engine's memory, at the moments of memory.py: DeepSpeed's flat buffers (parallel/zero.py), gradients on their way
+(parallel/sums.py), the tensors that autograd keeps of each block (models/layers.py), and what the schedule holds (parallel/pipeline.py).
 
 In: a shape, layouts with their stage splits, a runtime.  Out: bytes by part, moment by moment, for every kind of rank, (kinds, n). Read off
-the dry run operator by operator; tests/ranks/test_closed_form.py holds the two together. Of the ranks that share weights, the last one is
-the first to get gradients of its own, and the first one the last; what either holds is counted.
+the dry run operator by operator; tests/ranks/test_closed_form.py holds the two together.
 
 Gradients come in the order of the backward pass: the head's weight, then block by block those of the MLP's second and first product, of
-attention's projection and of queries, keys and values; the embedding's last. They fill buckets. A full one is lined up a second time and
-goes to the other ranks. ZeRO-2 adds what comes back to sums in fp32, which are made in every step when the first gradient of their kind
-(the vocabulary's, or the blocks') comes back; ZeRO-3 has its sums all the time, here or on the host. ZeRO 0 and 1 add each gradient to
-whole sums, which are there all the time, and know no buckets.
+attention's projection and of queries, keys and values; the embedding's last. Where they travel after every microbatch they fill buckets:
+one is on its way to the other ranks while the next is filled. Else each is added to whole sums, which are there all the time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,36 +20,30 @@ from megalite.tune.layouts import Array, Layouts
 from megalite.tune.runtime import Runtime
 from megalite.tune.shape import Shape
 from megalite.tune.sizes import Parts, Sizes
-from megalite.tune.splits import Alive, Split, flying
+from megalite.tune.splits import INTERLEAVED, Alive, Split, flying
+
+Moment = tuple[str, Parts, Array]
 
 
-def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Iterator[tuple[str, Parts]]:
-    """Each moment's name and its bytes by part."""
+def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Iterator[Moment]:
+    """Each moment's name, its bytes by part, and their sum, which is never the largest where there is no such moment."""
     alive = flying(layouts, split)
     account = _Account(shape, layouts, split, runtime, alive)
-    yield "start-up", {**account.always, "batch": np.zeros_like(account.own)}
-    yield from (("turn", account.turn(alive[state])) for state in ("turn", "turned"))
-    yield from (("deep", account.deep(alive[state])) for state in ("deep", "next"))
-    yield "deep", account.flushed(alive["deep"])
-    yield "reduction", account.reduction(alive["deep"])
-    yield "reduction", account.large_head(alive["turn"])
-    yield from (("end", account.closing(state)) for state in (alive["deep"], alive["end"]))
+    nothing = {**account.always, "batch": np.zeros_like(account.own)}
+    yield "start-up", nothing, _total(nothing)
+    yield account.turn(alive["turn"])
+    chunked = (layouts.schedule >= INTERLEAVED).any()  # else the states are all one
+    for state in ("deep", "next")[: 1 + chunked]:
+        yield from account.blocks(alive[state])
+    for state in ("deep", "end")[: 1 + chunked]:
+        yield account.closing(alive[state])
 
 
 class _Account(Sizes):
     """Of every kind of rank of every layout."""
 
-    def sums(self, summed: Array | float, ended: Array | float) -> Array:
-        """The sums in fp32 that ZeRO-2 makes in every step, of blocks and of embedding or head; at once, where no weight is tied."""
-        if np.all(self.shape.tied):
-            return summed * self.sum_blocks + ended * self.sum_ends
-        either = np.maximum(summed, ended)
-        if not np.any(self.shape.tied):
-            return either * self.sums_of_all
-        return np.where(self.shape.tied, summed * self.sum_blocks + ended * self.sum_ends, either * self.sums_of_all)
-
     def _state(self, alive: Alive, *, turn: bool = False, closing: bool = False) -> Parts:
-        """What is there beside what is at work. Buckets of ZeRO-2, of which two overlap, are made for each backward pass."""
+        """What is there beside what is at work."""
         found = dict(self.always)
         top: Any = 0.0 if turn else alive.top  # the head has gone back
         gone = top * alive.bottom if closing else top  # what the head was made of; but what a chunk received stays until its end
@@ -62,102 +52,100 @@ class _Account(Sizes):
         )
         if turn:
             found["gathered"] = self.at_turn
-            found["gradients"] = found["gradients"] + self.sums(alive.summed, alive.ended)
             return found
         found["gathered"] = self.at_end if closing else self.at_deep
-        found["buckets"] = self.with_buckets
-        ended = np.maximum(alive.ended, np.maximum(alive.top, alive.bottom) if closing else alive.top * self.large)
-        found["gradients"] = self.waiting + self.sums(alive.summed, ended) + alive.top * self.held_on
+        # the head's gradient waits for the embedding's, if they are one weight
+        found["gradients"] = found["gradients"] + self.width * self.words * self.both * self.padded
         return found
 
-    def turn(self, alive: Alive) -> Parts:
+    def turn(self, alive: Alive) -> Moment:
         found = self._state(alive, turn=True)
         # the gradients of the head's weight and input, and the padded weight
         weight = self.width * self.words * self.padded * (1 + (self.padded > 1))
         found["working"] = alive.top * (weight + self.whole)
-        return found
+        return "turn", found, _total(found)
 
-    def deep(self, alive: Alive, *, flushed: bool = False) -> Parts:
-        found = self._state(alive)
-        late: Any = 0.0 if flushed else np.where(alive.top > 0, 0.0, self.late)
-        work = self.computed + np.maximum(self.first - late, self.after)
-        found["working"] = np.where(alive.chunk > 0, self.coming + np.maximum(work, self.exchanged - late), 0.0)
-        return found
+    def _joins(self, alive: Alive, rest: Array) -> Array:
+        """Elements of an embedding that shares the bucket of the last `rest` elements before it."""
+        return alive.bottom * self.untied * self.words * (rest + self.words <= self.bucket) * ~self.large
 
-    def flushed(self, alive: Alive) -> Parts:
-        """The first bucket of ZeRO-2 has been full, and sums are there from then on."""
-        first = alive.top * self.alone * self.words
-        gone = np.floor(np.maximum(self.bucket - first * (first <= self.bucket), 0.0) / self.block) + 1
-        there = (gone < alive.chunk) & (self.stage == 2)
-        ended = np.maximum(alive.ended, first > 0)
-        after = replace(alive, blocks=alive.blocks - gone, summed=np.ones_like(self.own), ended=ended)
-        return _where(there, self.deep(after, flushed=True))
+    def _buckets(self, alive: Alive) -> tuple[Array, Array, Array]:
+        """The blocks and the elements of the first bucket that has blocks, and those of a head that goes before."""
+        joined = alive.top * (self.beside > 0)
+        blocks = np.minimum(np.where(joined > 0, self.beside, self.per), alive.chunk)
+        return blocks, self.dense * blocks + joined * self.words, alive.top * self.alone * (1 - joined) * self.words
 
-    def _copies(self, elements: Array, *, mine: Array | float, largest: Array) -> Array:
-        """A full bucket is lined up again, and of this rank's share of it there is a copy in fp32, of `mine` elements at once; under ZeRO-3
-        of all of its share, and if the sums are on the host then a second one of the share of its `largest` weight.
+    def blocks(self, alive: Alive) -> Iterator[Moment]:
+        """Of a chunk's last block on its way forward, and of those on their way back the first; the second, when the first bucket is there;
+        the first and the second of the second bucket, while the first bucket is on its way; and its last, when what came of the first
+        bucket goes to the host. Each when its last product's weight gradient is made, or put into a bucket.
         """
-        second = self.shares * (self.offload >= 1) * largest
-        return self.shares * elements + np.maximum(self.lined * elements, second) + 4.0 * mine * self.plain
-
-    def reduction(self, alive: Alive) -> Parts:
-        """The first bucket is full."""
-        w, first = self.width, alive.top * self.alone * self.words
-        together = np.where(first <= self.bucket, first, 0.0)
-        filled, blocks, (down, up, out) = self.fill(together, self.bucket)
-        there = (blocks < alive.chunk) & ~self.once
-        block = self.kept + self.computed - self.hidden * (blocks > 0)
-        mlp, residual = self.mlp, self.hidden
-        left = np.select(
-            [out, up, down],
-            [
-                2 * self.hidden + w * self.matrices[3],
-                block - mlp - residual + self.row * self.heads + w * self.matrices[2],
-                block - mlp + self.whole + w * self.matrices[1],
-            ],
-            block + self.first,
-        )
-        found = self._state(replace(alive, summed=np.ones_like(self.own), ended=np.maximum(alive.ended, together > 0)))
-        found["activations"] = found["activations"] - (blocks + 1) * self.kept
+        state, one = self._state(alive), np.ones_like(alive.chunk)
+        num, first, head = self._buckets(alive)
+        rest = np.minimum(self.per, alive.chunk - num)
+        second = self.dense * rest
+        second = first + second + (num + rest == alive.chunk) * self._joins(alive, second)
+        whole = first + (num == alive.chunk) * self._joins(alive, first)
+        late = self.moved * whole * (1 - alive.top * (self.beside > 0))  # made with the first gradient
+        product = np.maximum(self.computed + self.first, self.exchanged)
+        # a weight's gradient is put into a bucket, or is on its way, when what it was made of is let go; then comes the next product, and
+        # the weight may go, if the chunk is so large that it is not soon needed again
+        goes = self.goes * (alive.chunk * self.block - self.matrices[0] > self.ahead)
+        made = np.maximum(self.moved * self.matrices[0], self.after - goes + self.moved * self.large * self.matrices[0])
         # what may be fetched ahead ends with the blocks, where the embedding is next and does not fit
-        ends = (alive.bottom > 0) & (alive.behind == 0) & (self.words > self.ahead)
-        rest = self.lasting + alive.chunk * self.block + together - filled
-        found["gathered"] = np.where(ends, np.minimum(found["gathered"], self.gathers * rest), found["gathered"])
-        found["working"] = self.coming + left + self._copies(filled, mine=self.part, largest=self.largest)
-        return _where(there, found)
+        ends = (alive.bottom > 0) & (alive.behind == 0) & (self.words > self.ahead) & ~self.fetched
+        held, small = _total(state), self.moved * alive.chunk * self.small
 
-    def large_head(self, alive: Alive) -> Parts:
-        """A head's gradient that is too large for a bucket goes to the other ranks before a block goes back."""
-        found = self._state(alive)
-        found["working"] = self.hidden + np.maximum(self.piece, self.copied) + self.width * self.words * (self.stage == 3)
-        return _where(self.too_large & ~self.once & (self.alone * alive.top * alive.chunk > 0), found)
+        def moment(name: str, there: Array, gone: Array, buckets: Array, working: Array) -> Moment:
+            buckets = self.moved * buckets + small
+            parts = {**state, "activations": state["activations"] - gone * self.kept, "buckets": buckets, "working": working}
+            left = self.gathers * (self.lasting + (alive.chunk - gone) * self.block)
+            parts["gathered"] = np.where(ends, np.minimum(state["gathered"], left), state["gathered"])
+            total = held - gone * self.kept + parts["gathered"] - state["gathered"] + buckets + working
+            return name, parts, np.where(there, total, -np.inf)
 
-    def closing(self, alive: Alive) -> Parts:
+        forth = {**state, "working": self.sending + self.forth}
+        yield "deep", forth, np.where((alive.chunk > 0) & (alive.top == 0), held + forth["working"], -np.inf)
+        alone, travels = self.moved * head * self.large, (self.moved > 0) & ~self.large
+        work = np.maximum(self.computed + np.maximum(self.first - late + alone, made), self.exchanged - late)
+        received = self.hidden * (alive.top == 0)  # the gradient of what a stage put out, which is counted there
+        work = self.coming - received + work
+        buckets = self.moved * (whole + head * ~self.large) + small
+        yield "deep", {**state, "buckets": buckets, "working": work}, np.where(alive.chunk > 0, held + buckets + work, -np.inf)
+        product = self.coming + product
+        yield moment("deep", alive.chunk > 1, one, np.where(self.large, self.matrices[3], whole + head), product)
+        yield moment("reduction", (num < alive.chunk) & travels, num, second, self.coming + self.computed + made)
+        yield moment("reduction", (num + 1 < alive.chunk) & (rest > 1) & travels, num + 1, second, product)
+        if np.any(self.copied):
+            both = np.where(self.large, self.matrices[2] + self.matrices[3], second)
+            work = self.coming + self.hidden + self.copied * np.where(self.large, self.matrices[2], first)
+            yield moment("reduction", (num < alive.chunk) & (self.copied > 0), np.where(self.large, one, num + rest), both, work)
+
+    def closing(self, alive: Alive) -> Moment:
         """A chunk has gone back, and its last gradients go to the other ranks; the embedding's is the very last."""
-        w, words = self.width, self.words
-        found = self._state(replace(alive, summed=np.maximum(alive.summed, alive.chunk > 0)), closing=True)
+        w, words, moved = self.width, self.words, self.moved
+        blocks, first, head = self._buckets(alive)
+        rest = alive.chunk - blocks
+        full = np.maximum(np.ceil(rest / np.maximum(self.per, 1.0)) - 1, 0.0)  # buckets between the first and the last
+        last = np.where(rest > 0, self.dense * (rest - full * self.per), first)
+        last = np.where(self.large, self.matrices[3] * (alive.chunk > 0), last)
+        previous = np.select([rest == 0, full == 0], [head, first], self.dense * self.per)
+        previous = np.where(self.large, np.where(alive.chunk > 0, self.matrices[2], head), previous)
+        joins = self._joins(alive, last)
+        last = last + joins
+        # norms and biases are sent behind the last bucket, so it arrives before the embedding's gradient is made
+        ended = np.maximum(moved * (last + previous) + self.copied * previous, moved * last + self.copied * last)
+        own = w * words + np.where(joins > 0, moved * last, self.copied * words)
+        own = np.where(self.both > 0, np.maximum(own, 2 * w * words), own)  # the head's has waited, and they are added up
+        own = np.maximum(own, ended)
+        found = self._state(alive, closing=True)
         found["activations"] = found["activations"] - alive.chunk * self.kept
-        first = alive.top * self.alone * words
-        all_of_it = alive.chunk * self.block + first * (1.0 - self.too_large)
-        rest = np.where(all_of_it > self.bucket, all_of_it % self.filled, all_of_it) + alive.bottom * self.shape.embed_whole
-        owned = (self.shards == 1) | (alive.bottom > 0) | (alive.behind == 0)  # by some rank, of a first or last chunk
-        mine = (alive.chunk > 0) * owned * self.part
-        with_head = (first > 0) & ~self.too_large & (all_of_it <= self.bucket)
-        before = self._copies(rest, mine=np.where(with_head, np.maximum(mine, self.share), mine), largest=self.largest)
-        piece = np.maximum(self.piece, self.copied - (1.0 - alive.ended) * self.sum_ends)  # copied before sums are made
-        before = np.where((first > 0) & self.too_large & (alive.chunk == 0), w * words - self.held_on + piece, before)  # a head alone
-        after = np.maximum(before, self._copies(words, mine=self.share, largest=words) - w * words)
-        both = self._copies(rest + words, mine=np.maximum(mine, self.share), largest=words)
-        together = both - w * words  # its gradient moves into the bucket
-        last = np.select([self.once, self.too_large, rest + words > self.bucket], [0.0, np.maximum(before, piece), after], together)
-        # the head's gradient has waited for the embedding's, and they are added up
-        own = np.where(self.both > 0, np.maximum(2 * w * words, last), w * words + last)
+        found["buckets"] = found["buckets"] + moved * alive.chunk * self.small
         # a gradient for the stage before; what was before the embedding's is let go of with it
         onward = np.where(alive.bottom > 0, self.sending, self.hidden)
-        found["working"] = onward + np.where(alive.bottom > 0, own, before)
-        return found
+        found["working"] = onward + np.where(alive.bottom > 0, own, ended)
+        return "end", found, _total(found)
 
 
-def _where(there: Array, found: Parts) -> Parts:
-    """Never the fullest where there is no such moment."""
-    return {**found, "activations": np.where(there, found["activations"], -np.inf)}
+def _total(parts: Parts) -> Array:
+    return sum(parts.values())  # type: ignore[return-value]

@@ -95,7 +95,7 @@ def document(row: dict[str, int], config: Config) -> dict[str, Any]:
     if stage < 2:
         zero["reduce_bucket_size"] = min(BUCKETS)  # what travels at once, and is in place: parallel/sums.py
     else:
-        zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": bucket}
+        zero |= {"overlap_comm": True, "reduce_bucket_size": bucket}
     if stage in (1, 2):
         zero["allgather_bucket_size"] = max(BUCKETS)
     if stage == 3:

@@ -4,8 +4,8 @@ In: a shape, layouts with their stage splits, a runtime.  Out: bytes by part, of
 A step has a few moments that can be its fullest, and building the engine one:
 
     turn       all activations are there and the head goes back: logits, and over them their gradient
-    deep       the first block that goes back, with its gradients and buckets
-    reduction  a bucket of gradients is full and goes to the other ranks
+    deep       the first blocks that go back, with their gradients and the first bucket
+    reduction  a bucket of gradients is on its way to the other ranks while the next one is filled
     end        the embedding goes back, the last of all
     update     activations are gone, the optimizer needs room for its arithmetic
 
@@ -32,8 +32,8 @@ def waterfall(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) ->
     """Bytes by the names of PARTS at the fullest moment of the fullest rank; their sum is the peak. `moment` indexes MOMENTS, `rank` the
     split."""
     engine = account if runtime.name == "megalite" else others
-    names, moments = zip(*engine.moments(shape, layouts, split, runtime), strict=True)
-    totals = np.stack([sum(parts.values()) for parts in moments])  # (moments, kinds, n)
+    names, moments, sums = zip(*engine.moments(shape, layouts, split, runtime), strict=True)
+    totals = np.stack(sums)  # (moments, kinds, n)
     rank = totals.max(axis=0).argmax(axis=0)
     moment = totals[:, rank, np.arange(len(layouts))].argmax(axis=0)
     found = {name: np.zeros(len(layouts)) for name in PARTS}

@@ -16,8 +16,13 @@ from megalite.tune.shape import Shape, ceil
 from megalite.tune.splits import Split, flying
 
 
-def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Iterator[tuple[str, dict[str, Array]]]:
-    """Each moment's name and its bytes by part."""
+def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Iterator[tuple[str, dict[str, Array], Array]]:
+    """Each moment's name, its bytes by part, and their sum."""
+    for name, parts in _moments(shape, layouts, split, runtime):
+        yield name, parts, sum(parts.values())  # type: ignore[misc]
+
+
+def _moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Iterator[tuple[str, dict[str, Array]]]:
     c, w, t = runtime.memory, runtime.width, layouts.tp
     every = parameters(shape, layouts, split)
     own = every / layouts.shards

@@ -89,8 +89,8 @@ class Runtime:
 
 # fmt: off
 DESIGN = {
-    # ours: gradients travel in the weights' type (DeepSpeed's stage 2 all-reduces them), and once a step in fp32: parallel/sums.py
-    "megalite": Runtime("megalite", rule="cost", outer="dp", summed_width=4, scatters=(1, 3)),
+    # ours: gradients travel in the weights' type, and once a step in fp32: parallel/sums.py
+    "megalite": Runtime("megalite", rule="cost", outer="dp", summed_width=4, scatters=(1, 2, 3)),
     # nanotron: pipeline stages by a threshold on cost, ranks as (pp, dp, tp), fp32 gradients, ZeRO-1 scatters them
     "nanotron": Runtime(
         "nanotron", rule="threshold", outer="pp", gradient_width=4, summed_width=4, scatters=(1, 2, 3),

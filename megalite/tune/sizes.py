@@ -28,7 +28,6 @@ class Sizes:
         self.shape, self.layouts, self.split, self.width = shape, layouts, split, runtime.width
         self.offload, self.shards = layouts.offload, layouts.shards.astype(float)
         self.once = layouts.once
-        self.stage = np.where(self.once & (layouts.stage == 2), 1, layouts.stage)
         self.selective = layouts.recompute == SELECTIVE
         self._weigh(layouts.tp)
         self.kept, self.computed = block_kept(shape, layouts, runtime)
@@ -48,7 +47,6 @@ class Sizes:
         self.every = parameters(shape, self.layouts, split)
         self.own = self.every / self.shards
         self.block, self.words = _floats(shape.block_cut(t) + shape.block_whole), _floats(shape.vocab_weight(t))
-        self.ends = self.every - split.blocks * self.block  # embedding and head
         self.both = split.embed * split.head * shape.tied  # one weight, whose gradient waits until both have gone back
         self.alone = 1.0 - self.both
         self.f, self.wide = ceil(shape.mlp, t), np.where(shape.gated, 2, 1) * ceil(shape.mlp, t)
@@ -77,28 +75,31 @@ class Sizes:
         twice = more & (split.head == 0) & (layouts.schedule != INTERLEAVED)  # an output is still being sent
         gathered = np.where(self.cut, self.whole, 0.0)  # the gradient of a sum that was scattered, until its product has gone back
         self.sending = np.where(twice, self.hidden, 0.0)
-        self.coming = self.sending + self.hidden
+        self.coming = self.sending + self.hidden  # the gradient of what a block put out
         # gradients of the last product's input and weight; then of what it was made of
         self.first, second = gathered + self.row * self.f + w * self.matrices[0], self.row * self.wide
         # the product before it. Where sequences are split: its input whole, that one's gradient twice, and its part.
         # Else the gradient that is summed over ranks, and its sum, while the MLP has let go
         third = np.where(self.cut, 3 * gathered + self.hidden - second, (t > 1) * (2 * self.whole - self.mlp))
         self.after = np.maximum(second, third)
+        # the last product of a block on its way forward, and its sum, or what is scattered of it; only where schedules are interleaved has
+        # a place been made for the gradient of what it puts out
+        forth = np.where(self.cut, 2 * self.whole, (t > 1) * self.whole) - self.hidden * (layouts.schedule != INTERLEAVED)
+        self.forth = (self.computed + forth) * (layouts.recompute < 2)
         # computed again, queries, keys and values on their way to other ranks: side by side, by rank, and as they arrive
         exchanged = (layouts.cp > 1) & self.selective
         self.exchanged = np.where(exchanged, gathered + self.hidden + 3.0 * self.row * self.columns, 0.0)
 
     def _always(self, runtime: Runtime) -> Parts:
         """What lies there for the whole run."""
-        w, three, layouts = self.width, self.stage == 3, self.layouts
-        # the largest gradient, from where it leaves for the host
-        landing = w * (self.offload >= 1) * np.maximum((self.split.embed + self.split.head > 0) * self.words, self.matrices[1])
-        batch = (layouts.microbatches * layouts.micro * self.shape.sequence) * 36.0
+        w, three, layouts = self.width, self.layouts.stage == 3, self.layouts
+        # ids, targets and what these count, of this rank's part of each sequence, and the whole they were taken from
+        batch = (layouts.microbatches * layouts.micro * self.shape.sequence) * (16.0 + 20.0 / layouts.cp)
         return {
             "weights": w * np.where(three, self.own * (self.offload < 2), self.every),
             "optimizer": runtime.state_bytes * self.own * (self.offload < 1),
-            "gradients": np.select([self.once, three], [4.0 * self.every, 4.0 * self.own * (self.offload < 1)], landing),
-            "buckets": w * self.bucket * (three & ~self.once) + 0.0 * self.own,
+            "gradients": 4.0 * np.where(self.once, self.every, self.own * (self.offload < 1)),
+            "buckets": 0.0 * self.own,
             "runtime": np.full_like(self.own, runtime.memory.context),
             "batch": batch + 0.0 * self.own,
         }
@@ -116,9 +117,11 @@ class Sizes:
         least = np.maximum(split.embed * self.words, self.largest)
         room = live - self.bucket - least
         none = (room < head) | (live < self.bucket + np.maximum(least, head))
-        self.lasting = np.where(none, 0.0, self.fill(head, room)[0])
+        self.lasting = np.where(none, 0.0, self.fill(head, room))
         self.ahead = np.where(none, np.maximum(np.minimum(self.bucket, live - np.maximum(least, head)), 0.0), self.bucket)
-        moved = (self.stage == 3) & ((self.shards > 1) | (self.offload == 2))  # one rank has them whole, unless the host has
+        # where there is room for the others, all have been fetched and none goes any more
+        self.fetched = self.all_blocks + head - self.lasting - self.largest <= self.ahead
+        moved = (self.layouts.stage == 3) & ((self.shards > 1) | (self.offload == 2))  # one rank has them whole, unless the host has
         self.gathers = self.width * moved
 
     def gathered(self, alive: Alive, *, turn: bool = False, closing: bool = False) -> Array:
@@ -137,9 +140,8 @@ class Sizes:
         forward = (alive.next_forward > 0) & (lasting == 0)
         come = self._ahead(there, left, forward, alive.next_forward > 1, closing=closing)
         rest = self.all_blocks + head - self.lasting
-        # what is at work is not counted as ahead: where there is room for the others, all have been fetched and none goes any more
         if not turn:
-            come = np.where(rest - self.largest <= self.ahead, rest, come)
+            come = np.where(self.fetched, rest, come)  # what is at work is not counted as ahead
         come = np.minimum(come, rest - (0.0 if turn else working))
         if closing:  # the embedding is next, if a forward pass is, or nothing
             chunked = self.layouts.schedule >= INTERLEAVED
@@ -173,48 +175,31 @@ class Sizes:
             fetch(np.where(beyond, forth, matrix))
         return come
 
-    def fill(self, first: Array, elements: Array) -> tuple[Array, Array, list[Array]]:
-        """Whole blocks and whole matrices of the next one that come before so many elements are exceeded, and the elements they are."""
+    def fill(self, first: Array, elements: Array) -> Array:
+        """Elements of `first` and of what fits behind it into so many: whole blocks, and whole matrices of the next one."""
         rest = np.maximum(elements - first, 0.0)
-        blocks = np.floor(rest / self.block)
-        rest = rest - blocks * self.block
-        before, passed, filled = np.zeros_like(rest), [], first + blocks * self.block
+        blocks = np.floor(rest / self.block) * self.block
+        rest, before, filled = rest - blocks, np.zeros_like(rest), first + blocks
         for matrix in self.matrices[:-1]:
             before = before + matrix
-            passed.append(rest >= before)
-            filled = filled + matrix * passed[-1]
-        return filled, blocks, passed
+            filled = filled + matrix * (rest >= before)
+        return filled
 
     def _reduce(self) -> None:
-        """Buckets, and what a gradient needs on its way from the backward pass into the sums."""
-        w, words = self.width, self.words
-        self.buckets = w * self.bucket * np.where(self.stage == 2, 2, 0)
-        self.with_buckets = self.always["buckets"] + self.buckets
-        # made when a backward pass has its first gradient: of the head's norm, of BERT's, or of a bias added after a sum
-        early = (self.layouts.tp > 1) & np.asarray(self.shape.bias, bool) | np.asarray(self.shape.bert, bool)
-        self.late = np.where(early, 0.0, self.buckets)
-        each = (self.stage == 2) * 4.0 / self.shards
-        self.sum_blocks, self.sum_ends = each * (self.split.blocks * self.block), each * self.ends
-        self.sums_of_all = self.sum_blocks + self.sum_ends
-        # elements of the vocabulary's weight, and of a block's largest matrix, that are this rank's
-        self.share = words / self.shards
-        self.part = np.minimum(self.matrices[1], self.split.blocks * self.block / self.shards)
-        moved = (self.shards > 1) | (self.offload >= 1)  # else gradients are added as they come
-        twice = 1.0 + (self.offload >= 1)
-        self.lined = np.where(self.stage == 3, moved * w, w) * ~self.once  # bytes an element
-        self.shares = np.where(self.stage == 3, moved * 4.0 / self.shards, 0.0) * ~self.once
-        # a weight too large for a bucket goes alone, piece by piece, on its way to the host as a copy
-        pieces = np.floor(self.bucket / self.share) + 1
-        piece = np.where((self.shards > 1) & (pieces > 1) & (self.stage == 2), w * np.minimum(words, pieces * self.share), 0.0)
-        self.copied = w * words * ((self.stage == 2) & (self.offload >= 1))
-        self.piece = piece + 4.0 * self.share * np.where(self.stage == 3, twice, 1.0) * ~self.once
-        self.too_large = words > self.bucket
-        # the head's own gradient, if it is larger than a bucket, is summed at once, and stays until its backward pass ends
-        self.large = self.alone * (self.too_large & (self.stage == 2))
-        self.held_on = w * words * self.large
-        self.waiting = self.always["gradients"] + w * words * self.both * self.padded  # until the embedding has gone back
-        self.plain = 1.0 * (self.stage == 2)
-        self.filled = np.maximum(self.fill(np.zeros_like(self.own), self.bucket)[0], 1.0)
+        """Buckets, where gradients travel after every microbatch: whole layers, the last ones first, as many as fit; of a larger block each
+        matrix alone, as it is. An embedding and a head are layers, too, and alone where they are tied (optim.py, `runs`).
+        """
+        self.moved = ~(self.once | ((self.shards == 1) & (self.offload < 1))) * self.width  # bytes an element
+        self.dense = np.add.reduce(self.matrices)
+        self.per = np.floor(self.bucket / self.dense)  # blocks in one
+        self.large = self.per == 0
+        self.untied = 1.0 - np.asarray(self.shape.tied, dtype=float)
+        self.beside = self.untied * np.floor(np.maximum(self.bucket - self.words, 0.0) / self.dense)  # a head
+        self.small = self.block - self.dense  # norms and biases, which travel together
+        # of a weight that is gathered and may go
+        self.goes = self.gathers * self.matrices[0] * ((self.lasting < self.matrices[0]) & ~self.stay & ~self.fetched)
+        # what came of an element, on its way to the host, and from the second microbatch on the sum that it is added to
+        self.copied = np.where(self.offload >= 1, 4.0 / self.shards, 0.0) * (self.moved > 0) * (1 + (self.layouts.microbatches > 1))
 
     def _halve(self) -> None:
         """Seven digits of a number of bytes are enough, and a layout costs an eighth less."""

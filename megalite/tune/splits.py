@@ -24,7 +24,7 @@ from megalite.tune.shape import Shape
 WIDE = 6
 INTERLEAVED = SCHEDULES.index("interleaved")
 ROUNDS = 3  # of microbatches that are followed; what is in flight is not more in later ones
-STATES = ("turn", "turned", "deep", "next", "end")
+STATES = ("turn", "deep", "next", "end")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class Alive:
     bottom: Array  # it has the embedding
     waiting: Array  # hidden states that were received: its gradient, and inputs and gradients of others that came early
     summed: Array  # blocks have been back before in this step
-    ended: Array  # so have the embedding or the head of the rank
     next_forward: Array  # its next chunk goes forward, which is 2 with the embedding; 0: it goes back, or there is one chunk
 
 
@@ -81,8 +80,8 @@ def split(shape: Shape, layouts: Layouts, rule: str) -> Split:
 
 
 def flying(layouts: Layouts, split: Split) -> dict[str, Alive]:
-    """By moment: `turn`, the fullest with the head, and `turned`, that after a head has been back; `deep` and `next`, the same of blocks;
-    `end`, of the first chunk, or of a head that is alone in its chunk.
+    """By moment: `turn`, the fullest with the head; `deep`, the fullest of blocks, and `next`, that where a chunk of the most blocks goes
+    back; `end`, of the first chunk, or of a head that is alone in its chunk. All one, where a rank has one chunk.
 
     1F1B holds the microbatches that are on their way behind a rank, GPipe all of them. With several chunks a rank is followed unit by unit,
     for its chunks are of different sizes.
@@ -93,21 +92,17 @@ def flying(layouts: Layouts, split: Split) -> dict[str, Alive]:
     m = layouts.microbatches
     held = np.where(layouts.schedule == 0, np.minimum(m, layouts.pp - split.place), m)
     more = 1.0 * (m > held)  # then gradients have been summed when a rank is fullest
-    later = held - (m > 1) * (1 - more)
     nothing = np.zeros_like(split.blocks)
     waiting = np.maximum(more, 1 - split.head) * (layouts.pp > 1)  # where a pipeline ends and no gradient comes, the one before
-    first, second = (
-        np.stack(
-            [
-                *(num * split.blocks, num + nothing, num * split.head, split.blocks, nothing, split.head, split.embed),
-                *(waiting, summed, summed, nothing),
-            ]
-        )
-        for num, summed in ((held, more + nothing), (later, (m > 1) + nothing))
+    fullest = np.stack(
+        [
+            *(held * split.blocks, held + nothing, held * split.head, split.blocks, nothing, split.head, split.embed),
+            *(waiting, more + nothing, nothing),
+        ]
     )
     if not chunked.any():
-        return _named([first, second, first, second, first])
-    found = np.stack([first, second, first, second, first])  # (states, fields, kinds, n)
+        return _named([fullest] * len(STATES))
+    found = np.stack([fullest] * len(STATES))  # (states, fields, kinds, n)
     found[..., chunked] = _follow(layouts.take(chunked), split.take(chunked))
     return _named(found)
 
@@ -164,7 +159,7 @@ def _unit_by_unit(
 
     top, bottom = (going == v - 1) * head, (going == 0) * embed
     blocks, units, heads = alive(size[chunk], size[going]), started - turns, alive((chunk == v - 1) * head, top)
-    summed, ended = (np.concatenate([[False], np.logical_or.accumulate(each)[:-1]]) for each in (size[going] > 0, (top + bottom) > 0))
+    summed = np.concatenate([[False], np.logical_or.accumulate(size[going] > 0)[:-1]])
     inputs, grads = _early(v, pp, place, group, total) if many else (0, max(group - pp + 1, 1) if place == pp - 1 else 1)
     ahead = _sums(1 - (chunk == 0) * embed)
     waiting = ahead[np.minimum(started + inputs, total)] - ahead[started]
@@ -173,21 +168,17 @@ def _unit_by_unit(
     waiting = waiting + ahead[np.minimum(turns + grads, total)] - ahead[turns]
     behind = size[::-1].cumsum()[::-1] - size
     next_forward = (started < total) * (1 + (np.append(chunk, 1)[started] == 0) * embed)
-    fields = np.stack([blocks, units, heads, size[going], behind[going], top, bottom, waiting, summed, ended, next_forward]).astype(float)
+    fields = np.stack([blocks, units, heads, size[going], behind[going], top, bottom, waiting, summed, next_forward]).astype(float)
     held = units + waiting
     weight = blocks + held if full else blocks * 2 * (total + 1) + held
     # an embedding is in the way of what would be fetched ahead; most of it where a forward is near
     fetched = ((next_forward == 1) * (max(sizes) - size[going]) + (next_forward < 2)) * streams
-    first = ((weight * (max(sizes) + 2) + fetched) * 2 + summed) * 2 + ended
-    # sums of the ends weigh more than a hidden state
-    later = (((blocks + held if full else blocks) * 2 + ended) * 2 + summed) * 2 * (total + 1) + held
+    rank = (weight * (max(sizes) + 2) + fetched) * 2 + summed
 
-    def fullest(there: Array, rank: Array = first) -> int:
+    def fullest(there: Array) -> int:
         return int(np.where(there, rank, -1).argmax())
 
-    found: list[Any] = []
-    for there, again in ((going == v - 1, ended), (size[going] > 0, summed)):
-        found += [fullest(there), fullest(there & again, later) if (there & again).any() else fullest(there)]
+    found = [fullest(there) for there in (going == v - 1, size[going] > 0, size[going] == max(sizes))]
     alone = head and not size[-1]
     return tuple(map(tuple, fields[:, [*found, found[0] if alone else fullest(going == 0)]].T.tolist()))
 

@@ -94,11 +94,11 @@ def expected(config: Config, stage: int, parameters: list[int], whole: list[int]
         twice = embedding * (config.model.tied and config.mesh.pp == 1)
         most["all-gather"] = sent["all-gather"] + _microbatches(config) * (passes * (weights + twice) - (passes - 1) * embedding)
         sent["all-gather"] += weights
-    else:  # from stage 1 on each rank updates its part, and the new weights are gathered; DeepSpeed's stage 2 reduces whole gradients
-        scattered = once and stage > 0
-        sent["reduce-scatter"] += gradient * scattered
-        sent["all-reduce"] += 2 * gradient * (not scattered)
-        sent["all-gather"] += weights if stage else 0
+    elif stage:  # each rank updates its part, and the new weights are gathered
+        sent["reduce-scatter"] += gradient
+        sent["all-gather"] += weights
+    else:
+        sent["all-reduce"] += 2 * gradient
     return {kind: (size, most.get(kind, size)) for kind, size in sent.items()}
 
 

@@ -60,9 +60,8 @@ def on_mesh(config: Config, *, zero: dict | int = 0, steps: int = STEPS) -> list
         "stage3_param_persistence_threshold": 0,
         "stage3_max_live_parameters": share * 6 // 10,
         "stage3_prefetch_bucket_size": share // 6,
+        "reduce_bucket_size": share // 4,  # several travel, some before the last backward pass is over
     }
-    if zero in (0, 1) or config.train.reduce == "step":
-        limits["reduce_bucket_size"] = share // 4  # several travel, some before the last backward pass is over
     document = {"zero_optimization": {"stage": zero, **limits}} if isinstance(zero, int) else zero
     return parity.assemble(parity.on_mesh(config, document, steps=steps, counted=False), steps=steps)
 

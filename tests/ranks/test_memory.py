@@ -55,17 +55,18 @@ def _build(rank: int, *, config: Config, stage: int) -> int:
     """Bytes that building the stage took at its peak, above what the rank held before."""
     from megalite.engine import Engine
     from megalite.mesh import Mesh
-    from megalite.parallel import mends, zero
+    from megalite.parallel import mends
+    from megalite.parallel.settings import choose
 
     mesh = Mesh.start(**config.mesh.degrees, device=torch.device("cpu"))
     mends.start()
     engine = Engine.__new__(Engine)
     engine.config, engine.mesh, engine.dtype = config, mesh, torch.float32
     document = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
-    configuration = zero.settings(document, precision="fp32", micro_batch=1, reduce="microbatch")
+    settings = choose(document, precision="fp32", micro_batch=1, reduce="microbatch")
     peak = _Peak()
     peak.start()
-    kept = engine._build(shard=stage == 3, configuration=configuration)
+    kept = engine._build(settings)
     peak.done.set()
     peak.join()
     assert kept.orders

@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def scale_a_stages_gradients_twice() -> None:
     from megalite.parallel.zero import Zero
 
     backward = Zero.backward
-    Zero.backward = lambda self, scalar: backward(self, scalar * (2 if self.mesh.first_stage else 1))  # type: ignore[method-assign]
+    Zero.backward = lambda self, output, *received: backward(self, output * (2 if self.mesh.first_stage else 1), *received)  # type: ignore[method-assign]
 
 
 def forget_to_sum_tied_copies() -> None:
@@ -65,17 +64,13 @@ def forget_to_reduce_what_a_column_cut_copied() -> None:
 
 
 def keep_the_gradients_of_the_step_before() -> None:
-    from megalite.parallel.zero import Zero
+    from megalite.parallel import sums
 
-    @contextmanager
-    def step(self: Any, num_microbatches: int) -> Iterator[None]:
-        if self.sums:
-            self.sums.missing = [num * num_microbatches for num in self.sums.num_weights]
-        yield
-        if self.gathering:
-            self.gathering.end_step()
+    def begin(self: Any, num_microbatches: int) -> None:
+        self.missing = [len(bucket.weights) * num_microbatches for bucket in self.buckets.every]
 
-    Zero.step = step  # type: ignore[method-assign]
+    sums.StepSums.begin = begin  # type: ignore[method-assign]
+    sums.MicrobatchSums.begin = lambda self, num_microbatches: None  # type: ignore[method-assign]
 
 
 def give_vocabulary_rows_to_the_wrong_rank() -> None:
@@ -104,16 +99,14 @@ def drop_a_microbatch() -> None:
 
 
 def average_over_the_wrong_number_of_ranks() -> None:
-    from megalite.parallel.sums import Sums
+    from megalite.parallel.buckets import FlatBuckets, ShardedBuckets
 
-    reduce = Sums.reduce
+    for kind in (FlatBuckets, ShardedBuckets):
 
-    def twice(self: Any) -> None:
-        reduce(self)
-        for part in self.inner.averaged_gradients.values():
-            part.flat_partition.div_(2)
+        def halve(self: Any, parts: list[Tensor], hand_over: Any = kind.hand_over) -> None:
+            hand_over(self, [part.div_(2) for part in parts])
 
-    Sums.reduce = twice  # type: ignore[method-assign]
+        kind.hand_over = halve  # type: ignore[method-assign]
 
 
 def forget_to_reduce_norms_under_sequence_parallelism() -> None:
@@ -153,6 +146,7 @@ FAULTS: list[tuple[Callable[[], None], dict[str, int], dict]] = [
     (drop_a_microbatch, {"dp": 2}, ZERO3),
     (average_over_the_wrong_number_of_ranks, {"dp": 2}, {}),
     (average_over_the_wrong_number_of_ranks, {"dp": 2}, ZERO1),
+    (average_over_the_wrong_number_of_ranks, {"dp": 2}, ZERO3),
     (forget_to_reduce_norms_under_sequence_parallelism, {"tp": 2, "sequence_parallel": True}, ZERO3),
     (drop_the_same_on_ranks_with_other_parts, {"cp": 2, "dropout": 0.2}, ZERO3),
     (take_the_keys_of_another_rank_for_ones_own, {"cp": 2}, ZERO3),

@@ -10,7 +10,7 @@ import pytest
 
 from megalite import ds_config
 from megalite.config import Config
-from megalite.ds_config import OWNED, PASSED, read_document
+from megalite.ds_config import ALWAYS, OWNED, PASSED, read_document
 from megalite.errors import UserError
 
 SHIPPED = sorted(path.stem for path in (Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -65,7 +65,13 @@ def test_equal_values_in_both_are_refused_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", PASSED)
 def test_a_key_of_deepspeeds_own_is_handed_on_as_it_is(key: str, tmp_path: Path) -> None:
-    document = {"zero_optimization": {"stage": 2}, **({} if key == "zero_optimization" else {key: {"enabled": False}})}
+    value = {
+        "zero_optimization": {"stage": 2},
+        "communication_data_type": "fp32",
+        "prescale_gradients": True,
+        "gradient_predivide_factor": 2,
+    }
+    document = {"zero_optimization": {"stage": 2}, key: value.get(key, {"enabled": False})}
     (tmp_path / "ds.json").write_text(json.dumps(document))
     assert _read(tmp_path / "ds.json") == document
 
@@ -194,6 +200,26 @@ def test_how_gradients_travel_is_settled_where_they_do_so_once_a_step(key: str, 
     assert words in _refusal(tmp_path, document, reduce="step")
     (tmp_path / "ds.json").write_text(json.dumps(document))
     assert _read(tmp_path / "ds.json") == document
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("communication_data_type", "fp8", 'communication_data_type = "fp8", but it is one of fp32, fp16, bf16; choose one of them'),
+        ("prescale_gradients", "yes", 'prescale_gradients = "yes", but it is true or false'),
+        ("gradient_predivide_factor", 0, "gradient_predivide_factor = 0, but gradients are divided by a number above 0"),
+    ],
+)
+def test_a_way_to_travel_that_there_is_not_is_refused(key: str, value: Any, words: str, tmp_path: Path) -> None:
+    assert words in _refusal(tmp_path, {"zero_optimization": {"stage": 3}, key: value})
+
+
+@pytest.mark.parametrize("key", ALWAYS)
+def test_gradients_are_always_scattered(key: str, tmp_path: Path) -> None:
+    words = f"zero_optimization.{key} = false, but gradients of ZeRO-1 to 3 are always scattered; take it out"
+    assert words in _refusal(tmp_path, {"zero_optimization": {"stage": 3, key: False}})
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3, key: True}}))
+    assert _read(tmp_path / "ds.json")["zero_optimization"][key]
 
 
 @pytest.mark.parametrize(

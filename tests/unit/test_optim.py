@@ -99,7 +99,9 @@ def test_matrices_and_embeddings_decay_and_biases_and_norms_do_not(family: str) 
     assert not optim.decays("layers.0.attention_norm.weight", shapes["layers.0.attention_norm.weight"])
 
 
-def test_runs_hold_as_many_weights_as_fit_and_a_larger_one_alone() -> None:
-    weights = [torch.empty(size) for size in (5, 3, 9, 1, 1, 8)]
-    assert [[weight.numel() for weight in run] for run in optim.runs(weights, 8)] == [[5, 3], [9], [1, 1], [8]]
-    assert optim.runs(weights, 27) == [weights] and optim.runs([], 8) == []
+def test_runs_hold_as_many_layers_as_fit_and_of_a_larger_one_every_weight_alone() -> None:
+    layers = [[torch.empty(size) for size in layer] for layer in ((2, 1), (5,), (1, 4), (9,), (1, 8, 1), (7, 1))]
+    runs = [[weight.numel() for weight in run] for run in optim.runs(layers, 8, size=torch.Tensor.numel)]
+    assert runs == [[2, 1, 5], [1, 4], [9], [1], [8], [1], [7, 1]]
+    assert optim.runs(layers, 40, size=torch.Tensor.numel) == [[weight for layer in layers for weight in layer]]
+    assert optim.runs([], 8, size=torch.Tensor.numel) == []

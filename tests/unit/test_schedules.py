@@ -71,9 +71,9 @@ def test_transfers_can_be_made_one_after_the_other(looped: bool) -> None:
 
 def _walk(sizes: tuple[int, ...], *, place: int, pp: int, num: int, looped: bool) -> list[tuple[float, ...]]:
     """What a rank with chunks of so many blocks holds: blocks, chunks with what was received, and whether blocks have been back, when it is
-    the most that goes back through the last chunk, through any with blocks, and through the first.
+    the most that goes back through the last chunk, through any with blocks, through one with the most, and through the first.
     """
-    blocks, chunks, summed, most, received = 0, 0, False, [(0, 0, False)] * 3, 0
+    blocks, chunks, summed, most, received = 0, 0, False, [(0, 0, False)] * 4, 0
     for action in exchanged(_computations(len(sizes), pp, num, looped), len(sizes) * pp)[place]:
         chunk, kind = action.stage_index // pp, action.computation_type.name
         if kind.startswith("RECV"):
@@ -81,7 +81,7 @@ def _walk(sizes: tuple[int, ...], *, place: int, pp: int, num: int, looped: bool
         elif kind == "FORWARD":
             blocks, chunks, received = blocks + sizes[chunk], chunks + 1, received - (action.stage_index > 0)
         elif kind == "FULL_BACKWARD":
-            for number, there in enumerate((chunk == len(sizes) - 1, sizes[chunk] > 0, chunk == 0)):
+            for number, there in enumerate((chunk == len(sizes) - 1, sizes[chunk] > 0, sizes[chunk] == max(sizes), chunk == 0)):
                 most[number] = max(most[number], (blocks, chunks + received, summed)) if there else most[number]
             blocks, chunks, summed = blocks - sizes[chunk], chunks - 1, summed or sizes[chunk] > 0
             received -= action.stage_index < len(sizes) * pp - 1
@@ -98,10 +98,10 @@ def test_what_is_in_flight_is_what_the_schedule_holds(looped: bool) -> None:
         group, followed = (num, 0) if looped else (num // rounds, min(rounds, splits.ROUNDS))
         ends = place == 0, place == pp - 1
         states = splits._unit_by_unit(sizes, *ends, pp, place, (group, followed), full=False, streams=False)
-        turn, _, deep, _, end = states
+        turn, deep, wide, end = states
         walked = _walk(sizes, place=place, pp=pp, num=num, looped=looped)
         alone = place == pp - 1 and not sizes[-1]  # a head
-        pairs = [(turn, walked[0]), (end, walked[0 if alone else 2]), *([(deep, walked[1])] if any(sizes) else [])]
+        pairs = [(turn, walked[0]), (wide, walked[2]), (end, walked[0 if alone else 3]), *([(deep, walked[1])] if any(sizes) else [])]
         for state, (blocks, held, summed) in pairs:
             assert (state[0], state[1] + state[7]) == (blocks, held)
             # a rank with fewer microbatches than ranks may wait behind the first backward, where it is said to be as full again
