@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from compare import config_of, difference, on_mesh, reference
 MESHES = [{"dp": 2}, {"dp": 2, "pp": 2, "layers": 4, "schedule": "interleaved"}]
 
 
-def _told(rank: int, *, config: Config, stage: int) -> list[str]:
-    """What happens in the second step of this rank: "back" where a backward pass ends, "sent" where a transfer of gradients begins,
-    "there" where one is waited for."""
-    document = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 4000, "stage3_param_persistence_threshold": 0}}
-    engine, told = parity.start_engine(config, document), []
-    backward, scatter, share = engine.zero.backward, dist.reduce_scatter_tensor, dist.all_reduce
+def _told(rank: int, *, config: Config, stage: int, overlap: bool) -> tuple[int, list[str]]:
+    """How many buckets this rank has, and what happens in its second step: "put" where a gradient goes into one, "sent" where a transfer
+    begins, "there" where it is waited for, "back" where a backward pass ends."""
+    zero = {"stage": stage, "reduce_bucket_size": 4000, "stage3_param_persistence_threshold": 0, "overlap_comm": overlap}
+    engine, told = parity.start_engine(config, {"zero_optimization": zero}), []
+    backward, put, scatter, share = engine.zero.backward, engine.zero.sums.put, dist.reduce_scatter_tensor, dist.all_reduce
 
     class Watched:
         def __init__(self, work: Any) -> None:
@@ -48,15 +49,17 @@ def _told(rank: int, *, config: Config, stage: int) -> list[str]:
 
     dist.reduce_scatter_tensor, dist.all_reduce = functools.partial(sent, scatter), functools.partial(sent, share)
     engine.zero.backward = lambda *args: (backward(*args), told.append("back"))
+    engine.zero.sums.put = lambda *args: (told.append("put"), put(*args))
     for step in range(2):
         told.clear()
         mine = parity.microbatches(parity.batch_of(config, step), config, dp=engine.mesh.dp, dp_rank=engine.mesh.dp_rank)
         engine.step(step, mine)
-    return told
+    return len(engine.zero.sums.buckets.every), told
 
 
-def _run(config: Config, stage: int) -> list[list[str]]:
-    return launch.run_ranks(config.mesh.world, functools.partial(_told, config=config, stage=stage), warm=("megalite.engine",))
+def _run(config: Config, stage: int, *, overlap: bool = True) -> list[tuple[int, list[str]]]:
+    work = functools.partial(_told, config=config, stage=stage, overlap=overlap)
+    return launch.run_ranks(config.mesh.world, work, warm=("megalite.engine",))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -64,12 +67,12 @@ def _run(config: Config, stage: int) -> list[list[str]]:
 def test_gradients_travel_once_a_step_and_most_of_them_during_the_last_backward_pass(mesh: dict[str, Any], stage: int) -> None:
     config = config_of(**mesh, reduce="step")
     passes = config.train.global_batch // (2 * config.train.micro_batch) * config.num_chunks
-    for told in _run(config, stage):
+    for num, told in _run(config, stage):
         first, last = told.index("sent"), len(told) - told[::-1].index("back") - 1
         assert told.count("back") == passes
         assert told[:first].count("back") >= passes - config.num_chunks * config.mesh.pp, "only a microbatch that is a chunk's last"
         early = told[:last].count("sent")
-        assert 3 <= told.count("sent") == early, "all are under way when the last backward pass is over"
+        assert 3 <= told.count("sent") == early == num, "all are under way when the last backward pass is over"
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -78,19 +81,26 @@ def test_gradients_that_travel_every_microbatch_do_so_one_bucket_at_a_time_besid
     mesh: dict[str, Any], stage: int
 ) -> None:
     config = config_of(**mesh)
-    passes = config.train.global_batch // (2 * config.train.micro_batch) * config.num_chunks
-    for told in _run(config, stage):
-        each = " ".join(told).split("back")
-        assert len(each) == passes + 1 and not each[-1].strip()
-        for words in each[:-1]:
-            found = words.split()
+    microbatches = config.train.global_batch // (2 * config.train.micro_batch)
+    for num, told in _run(config, stage):
+        each = [words.split() for words in " ".join(told).split("back")]
+        assert len(each) == microbatches * config.num_chunks + 1 and not each[-1]
+        for events in each:
+            found = [event for event in events if event != "put"]
             assert found == ["sent", "there"] * (len(found) // 2), "one is added up before the next is sent, and all at the end"
-        assert max(len(words.split()) for words in each) >= 6
+        assert told.count("sent") == num * microbatches, "each is full when it goes: no backward pass goes through a part of one"
+        assert ("sent", "put") in pairwise(told), "the backward pass goes on"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_without_overlap_the_backward_pass_waits(stage: int) -> None:
+    for _, told in _run(config_of(dp=2), stage, overlap=False):
+        assert {after for event, after in pairwise(told) if event == "sent"} == {"there"}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_gradients_of_one_rank_go_nowhere(stage: int) -> None:
-    assert all("sent" not in told for told in _run(config_of(dp=1, pp=2), stage))
+    assert all("put" in told and "sent" not in told for _, told in _run(config_of(dp=1, pp=2), stage))
 
 
 @pytest.mark.parametrize(
