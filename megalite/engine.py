@@ -246,7 +246,7 @@ class Engine:
         """This rank's part of every sequence, with what every target counts in the mean over the global batch, on every stage alike.
 
         The number of targets of a BERT batch differs from rank to rank, and samples may count differently; the mean is over all of them.
-        DeepSpeed averages gradients over the ranks that hold the same weights, so the weights of a rank's targets add up to their number
+        ZeRO averages gradients over the ranks that hold the same weights, so the weights of a rank's targets add up to their number
         times its share. A step's number switches dropout on.
         """
         mesh, sequence_parallel = self.mesh, self.config.train.sequence_parallel

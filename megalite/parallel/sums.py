@@ -144,8 +144,9 @@ class MicrobatchSums(Sums):
         self.copying = torch.cuda.Stream() if self.offloaded and device.type == "cuda" else None
 
     def _sum(self, bucket: Bucket) -> Tensor:
-        zeros = torch.zeros(bucket.size // self.num_ranks, dtype=torch.float32, device=self.device)
-        return zeros if bucket.host is None else bucket.host
+        if bucket.host is not None:
+            return bucket.host
+        return torch.zeros(bucket.size // self.num_ranks, dtype=torch.float32, device=self.device)
 
     def begin(self, num_microbatches: int) -> None:
         self.begun.clear()
