@@ -1,6 +1,6 @@
 """From what ZeRO reduced to an update the whole mesh agrees on: sums that ZeRO knows nothing of, the norm, clipping, fp16's loss scale.
 
-In: the pieces of this rank between the reduction (sums.py) and DeepSpeed's optimizer.  Out: their gradients, complete and clipped, in place, and
+In: the pieces of this rank between reduction and optimizer.  Out: their gradients, complete and clipped, in place, and
 the norm of the whole mesh. Every decision, to clip and to skip, is taken from that one number, so all ranks take the same.
 """
 

@@ -224,7 +224,7 @@ class Zero:
 
     @torch.no_grad()
     def _finish(self) -> None:
-        """Before DeepSpeed's optimizer: the sums, those that ZeRO knows nothing of, unscale, norm, clip, then the step, or none on overflow."""
+        """Before DeepSpeed's optimizer: the sums, also those over other ranks, unscale, norm, clip, then the step, or none on overflow."""
         self.sums.reduce()
         pieces = self.pieces()
         gradients.complete(pieces, self.mesh, partial=self.partial, uneven=self.uneven)
