@@ -71,6 +71,10 @@ class Forked:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def ranks(self) -> list[psutil.Process]:
+        """Those that live, in the order of their numbers: they are forked in that order, and process ids begin again after the last."""
+        return sorted(psutil.Process(self.pid).children(), key=lambda rank: (rank.pid - self.pid) % 2**22)  # no kernel has more ids
+
     def kill(self) -> None:
         """SIGKILL to its group; back when its ranks, which die of its death, are gone, and with them what they held."""
         ranks = psutil.Process(self.pid).children(recursive=True)

@@ -150,7 +150,7 @@ def test_a_rank_that_is_killed_takes_the_run_down_and_leaves_no_orphan(folder: P
     while not metrics.exists() or not metrics.read_text():
         assert process.poll() is None and time.monotonic() < deadline, "the run did not start"
         time.sleep(0.1)
-    ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.pid)  # forked in order
+    ranks = process.ranks()
     assert len(ranks) == 2
     os.kill(ranks[1].pid, signal.SIGKILL)
     killed = time.monotonic()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked import Forked
 from runs import STEPS, finish, losses, make_shard, run_file, same_bits, train, wait_for
 
 from megalite.checkpoint import manifest, store
@@ -41,11 +40,6 @@ def _has_step(folder: Path, step: int) -> bool:
     return path.exists() and f'"step": {step},' in path.read_text()
 
 
-def _ranks(process: Forked) -> list[psutil.Process]:
-    """In the order of their numbers: they are forked in that order."""
-    return sorted(psutil.Process(process.pid).children(), key=lambda child: child.pid)
-
-
 def _same_end(folder: Path, whole: Path) -> None:
     assert losses(folder) == losses(whole)
     same_bits(folder / f"checkpoints/step-{STEPS}", whole / f"checkpoints/step-{STEPS}")
@@ -71,7 +65,7 @@ def test_a_run_that_is_asked_to_end_saves_exits_with_75_and_goes_on_with_the_sam
     path = run_file(tmp_path, shard, **PAIR)
     process = train(path, tmp_path / "run", "--checkpoint.every", "0", before=SLOWLY)
     wait_for(process, lambda: _has_step(tmp_path / "run", 2))
-    os.kill(process.pid if to == "parent" else _ranks(process)[1].pid, number)
+    os.kill(process.pid if to == "parent" else process.ranks()[1].pid, number)
     output = finish(process, code=UNFINISHED)
     assert f"{number.name}: saved, and ended with exit code 75; the same command goes on from there" in output
     (saved,) = store.whole(tmp_path / "run/checkpoints")
@@ -82,7 +76,7 @@ def test_a_run_that_is_asked_to_end_saves_exits_with_75_and_goes_on_with_the_sam
 
 def test_a_run_that_is_asked_before_it_began_ends_at_once(shard: str, tmp_path: Path) -> None:
     process = train(run_file(tmp_path, shard, **PAIR), tmp_path / "run")
-    wait_for(process, lambda: _ranks(process))
+    wait_for(process, lambda: process.ranks())
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode in (128 + signal.SIGTERM, UNFINISHED)  # or the ranks were listening already, and saved
@@ -98,7 +92,7 @@ def test_a_stopped_rank_is_named_by_the_others_with_what_it_did_within_the_state
     path = run_file(tmp_path, shard, **PAIR)
     process = train(path, tmp_path / "run", "--watch.hang", "4", before=SLOWLY.replace("0.2", "1.0"))  # slower than the beat
     wait_for(process, lambda: _has_step(tmp_path / "run", 3))
-    ranks, began = _ranks(process), time.monotonic()
+    ranks, began = process.ranks(), time.monotonic()
     ranks[culprit].suspend()
     output = finish(process, code=1)
     assert time.monotonic() - began < 4 + 1 + 4 + 4  # patience, a beat, a store that waits for its keeper, the end of all ranks
@@ -118,7 +112,7 @@ def kill_at(path: Path, folder: Path, *, seconds: float, rank: int | None) -> in
     wait_for(process, lambda: process.poll() is not None or _has_step(folder, 1))
     time.sleep(seconds)
     if process.poll() is None:
-        ranks = _ranks(process)
+        ranks = process.ranks()
         if rank is None or rank >= len(ranks):
             process.kill()
         else:
