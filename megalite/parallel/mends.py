@@ -9,9 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+import deepspeed.runtime.compiler as compiler
 import deepspeed.runtime.zero.linear as zero_linear
 import deepspeed.utils.groups as zero_groups
 import torch
@@ -20,6 +23,24 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from megalite.mesh import Mesh
+
+
+@contextmanager
+def _compiling_nothing() -> Iterator[None]:
+    """DeepSpeed 0.19.8 decorates Muon's arithmetic with torch.compile, which imports the whole of torch's compiler: a fifth of the time
+    until a rank knows what it needs. Muon is not offered here (optim.py).
+    """
+    plain, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        yield
+    finally:
+        compiler.compile = plain
+
+
+with _compiling_nothing():
+    # imported when an engine is built; here, so that ranks are forked with them
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import deepspeed.runtime.zero.muon.original_muon
 
 
 def start() -> None:

@@ -13,11 +13,10 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleLoopedBFS, schedules
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, _Action, _ComputationType, _PipelineScheduleRuntime
@@ -100,38 +99,42 @@ class _Stage(PipelineStage):
         return tuple(getattr(value, "grad", None) for value in bwd_kwargs["input_values"]), None
 
 
-class _Sent:
-    """A send that lets go of its tensor as soon as it is seen to be over."""
+class _Transfers:
+    """What was asked for together; when it is over, its tensors belong to who sent or received them again."""
 
-    def __init__(self, work: Any) -> None:
-        self.work = work
+    def __init__(self, works: list[Any], ops: list[Any]) -> None:
+        self.works, self.ops = works, ops
 
     def is_over(self) -> bool:
-        if self.work is not None and self.work.is_completed():
-            self.work = None
-        return self.work is None
+        if all(work.is_completed() for work in self.works):
+            self._let_go()
+        return not self.ops
 
     def wait(self) -> None:
-        if self.work is not None:
-            self.work.wait()
-        self.work = None
+        for work in self.works:
+            work.wait()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for op in self.ops:
+            op.tensor = None
+        self.works, self.ops = [], []
 
 
 @contextmanager
-def _letting_go_of_what_was_sent() -> Iterator[None]:
-    """torch 2.13's schedules of several chunks keep every send until the step ends, and with it the tensor: two hidden states for every
-    microbatch and chunk. Here those that are over are dropped whenever another transfer begins. (gloo knows that only when it has waited.)
+def _letting_go_of_what_travelled() -> Iterator[None]:
+    """torch 2.13's schedules keep every transfer in some variable until the next one of its kind or the end of the step, and with it the
+    tensor: 1F1B the last gradient that was sent, the last that was received and one of the first outputs; GPipe all gradients; those of
+    several chunks two hidden states for every microbatch and chunk. Here those that are over are dropped when they have been waited for,
+    or whenever another transfer begins. (gloo knows that one is over only when it has been waited for.)
     """
     plain, under_way = schedules._batch_p2p, []
 
     def batch(ops: list[Any], desc: str | None = None) -> list[Any]:
-        under_way[:] = [send for send in under_way if not send.is_over()]
-        works = plain(ops, desc)
-        if not ops or any(op.op is not dist.isend for op in ops):
-            return works
-        sends = [_Sent(work) for work in works]
-        under_way.extend(sends)
-        return sends
+        under_way[:] = [transfers for transfers in under_way if not transfers.is_over()]
+        transfers = _Transfers(plain(ops, desc), ops)
+        under_way.append(transfers)
+        return [transfers]
 
     schedules._batch_p2p = batch
     try:
@@ -249,6 +252,6 @@ class Pipeline:
         for stage in self.stages:
             stage.has_backward = train
             stage.clear_runtime_states()
-        with _letting_go_of_what_was_sent() if isinstance(self.schedule, PipelineScheduleMulti) else nullcontext():
+        with _letting_go_of_what_travelled():
             self.schedule._step_microbatches(args, kwargs, targets, losses, return_outputs=False)
         return [loss.detach() for loss in losses]

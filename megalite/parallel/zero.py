@@ -16,11 +16,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
-import deepspeed.comm.mori  # this one and the next four only so that ranks are forked with them: an engine imports them when it is built
+import deepspeed.comm.mori  # this one and the next two only so that ranks are forked with them: an engine imports them when it is built
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.superoffload.superoffload_stage3
-import deepspeed.runtime.zero.muon.muon_optimizer
-import deepspeed.runtime.zero.muon.original_muon
 import deepspeed.utils.groups as zero_groups
 import torch
 import torch.distributed as dist

@@ -104,21 +104,21 @@ class _Account(Sizes):
             total = held - gone * self.kept + parts["gathered"] - state["gathered"] + buckets + working
             return name, parts, np.where(there, total, -np.inf)
 
-        forth = {**state, "working": self.sending + self.forth}
+        forth = {**state, "working": self.forth}
         yield "deep", forth, np.where((alive.chunk > 0) & (alive.top == 0), held + forth["working"], -np.inf)
         alone, travels = self.moved * head * self.large, (self.moved > 0) & ~self.large
         work = np.maximum(self.computed + np.maximum(self.first - late + alone, made), self.exchanged - late)
         received = self.hidden * (alive.top == 0)  # the gradient of what a stage put out, which is counted there
-        work = self.coming - received + work
+        work = self.hidden - received + work
         buckets = self.moved * (whole + head * ~self.large) + small
         yield "deep", {**state, "buckets": buckets, "working": work}, np.where(alive.chunk > 0, held + buckets + work, -np.inf)
-        product = self.coming + product
+        product = self.hidden + product
         yield moment("deep", alive.chunk > 1, one, np.where(self.large, self.matrices[3], whole + head), product)
-        yield moment("reduction", (num < alive.chunk) & travels, num, second, self.coming + self.computed + made)
+        yield moment("reduction", (num < alive.chunk) & travels, num, second, self.hidden + self.computed + made)
         yield moment("reduction", (num + 1 < alive.chunk) & (rest > 1) & travels, num + 1, second, product)
         if np.any(self.copied):
             both = np.where(self.large, self.matrices[2] + self.matrices[3], second)
-            work = self.coming + self.hidden + self.copied * np.where(self.large, self.matrices[2], first)
+            work = self.hidden + self.hidden + self.copied * np.where(self.large, self.matrices[2], first)
             yield moment("reduction", (num < alive.chunk) & (self.copied > 0), np.where(self.large, one, num + rest), both, work)
 
     def closing(self, alive: Alive) -> Moment:
@@ -142,8 +142,7 @@ class _Account(Sizes):
         found["activations"] = found["activations"] - alive.chunk * self.kept
         found["buckets"] = found["buckets"] + moved * alive.chunk * self.small
         # a gradient for the stage before; what was before the embedding's is let go of with it
-        onward = np.where(alive.bottom > 0, self.sending, self.hidden)
-        found["working"] = onward + np.where(alive.bottom > 0, own, ended)
+        found["working"] = np.where(alive.bottom > 0, own, self.hidden + ended)
         return "end", found, _total(found)
 
 

@@ -32,7 +32,7 @@ class Sizes:
         self._weigh(layouts.tp)
         self.kept, self.computed = block_kept(shape, layouts, runtime)
         self._keep(layouts.tp)
-        self._pass(alive["turn"])
+        self._pass()
         self.always = self._always(runtime)
         self._choose()
         self._reduce()
@@ -67,15 +67,10 @@ class Sizes:
         self.padded = np.ceil(words / 64) * 64 / words  # the head's products are padded, see kernels/cross_entropy.py
         self.head = self.whole + self.row * words * self.padded
 
-    def _pass(self, turn: Alive) -> None:
+    def _pass(self) -> None:
         """What is on its way between stages, and between the products of a block that goes back."""
-        layouts, split, w = self.layouts, self.split, self.width
-        t, pipeline = layouts.tp, layouts.pp > 1
-        more = pipeline & (turn.units < (layouts.microbatches * layouts.chunks))  # gradients have come before
-        twice = more & (split.head == 0) & (layouts.schedule != INTERLEAVED)  # an output is still being sent
+        layouts, w, t = self.layouts, self.width, self.layouts.tp
         gathered = np.where(self.cut, self.whole, 0.0)  # the gradient of a sum that was scattered, until its product has gone back
-        self.sending = np.where(twice, self.hidden, 0.0)
-        self.coming = self.sending + self.hidden  # the gradient of what a block put out
         # gradients of the last product's input and weight; then of what it was made of
         self.first, second = gathered + self.row * self.f + w * self.matrices[0], self.row * self.wide
         # the product before it. Where sequences are split: its input whole, that one's gradient twice, and its part.

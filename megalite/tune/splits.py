@@ -93,7 +93,7 @@ def flying(layouts: Layouts, split: Split) -> dict[str, Alive]:
     held = np.where(layouts.schedule == 0, np.minimum(m, layouts.pp - split.place), m)
     more = 1.0 * (m > held)  # then gradients have been summed when a rank is fullest
     nothing = np.zeros_like(split.blocks)
-    waiting = np.maximum(more, 1 - split.head) * (layouts.pp > 1)  # where a pipeline ends and no gradient comes, the one before
+    waiting = (1 - split.head) * (layouts.pp > 1)
     fullest = np.stack(
         [
             *(held * split.blocks, held + nothing, held * split.head, split.blocks, nothing, split.head, split.embed),

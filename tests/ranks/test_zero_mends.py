@@ -6,6 +6,7 @@ When one of these fails, DeepSpeed has changed: see whether the mend can go, and
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import os
 import sys
@@ -66,6 +67,15 @@ def test_deepspeed_would_compile_an_operation_at_the_start() -> None:
 
     backend = sys.modules["deepspeed.comm.torch"]
     assert "build_shm_op()" in inspect.getsource(backend.TorchBackend.__init__)
+
+
+def test_deepspeed_would_import_torchs_compiler_for_an_optimizer_that_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, compiled = "deepspeed.runtime.zero.muon.original_muon", []
+    assert inspect.isfunction(sys.modules[name].muon_update) and not hasattr(sys.modules[name].muon_update, "_torchdynamo_orig_callable")
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(torch, "compile", compiled.append)
+    importlib.import_module(name)
+    assert compiled
 
 
 def test_deepspeed_records_a_trace_per_root_forward() -> None:
