@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -192,7 +192,7 @@ class Gathering:
         stream = self.copying if weight.ds_tensor.device.type == "cpu" else None
         if stream is not None and not self.all_stay:
             stream.wait_stream(torch.cuda.current_stream())  # else weights pile up where copies are faster than the computation
-        with torch.cuda.stream(stream):
+        with _on(stream):
             handle = weight.all_gather_coalesced([weight], quantize=self.quantized)
             self.coming[weight] = handle, None if stream is None else stream.record_event()
 
@@ -202,10 +202,15 @@ class Gathering:
         handle, copied = self.coming.pop(weight)
         if copied is not None:
             copied.synchronize()  # a host that ran ahead would allocate what is not free yet
-        with torch.cuda.stream(self.idle):  # of one rank alone, DeepSpeed 0.19.8 halts the host until all of the stream is done
+        with _on(self.idle):  # of one rank alone, DeepSpeed 0.19.8 halts the host until all of the stream is done
             handle.wait()
         if self.idle is not None:
             torch.cuda.current_stream().wait_stream(self.idle)
+
+
+def _on(stream: Any) -> AbstractContextManager[Any]:
+    """As torch.cuda.stream, which takes longer over None than a small gather, twice for each weight."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _is_away(weight: Any) -> bool:

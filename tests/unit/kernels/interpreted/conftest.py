@@ -4,6 +4,8 @@ process of their own. By hand: TRITON_INTERPRET=1 python -m pytest tests/unit/ke
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
@@ -44,6 +46,20 @@ def one_patch_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", start)
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+@pytest.fixture(autouse=True)
+def no_check_of_every_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter (3.7.1) does all arithmetic of integers twice, to see whether it overflows: 40 % of its time, and of such short rows
+    no index comes near. Nor does it remember what a type is called in numpy.
+    """
+    from triton.runtime import interpreter
+
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    plain = interpreter._get_np_dtype
+    known = functools.cache(plain)
+    monkeypatch.setattr(interpreter, "_get_np_dtype", lambda kind: (plain if kind.scalar.is_ptr() else known)(kind.scalar))
 
 
 @pytest.fixture
