@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -90,18 +90,17 @@ class ShardedBuckets(Buckets):
         self.runs = [runs(each, self.most, size=lambda parameter: parameter.ds_numel) for each in layers]
         found = []
         for flat, parts in zip(inner.fp32_partitioned_groups_flat, self.runs, strict=True):
-            before = 0
+            end = 0
             for parameters in parts:
-                lengths = [parameter.partition_numel() for parameter in parameters]
-                width, start = sum(lengths), before
-                starts = [sum(lengths[:number]) for number in range(len(lengths))]
-                weights = [
-                    (parameter, partial(_put_sharded, width, range(at, at + length)))
-                    for parameter, at, length in zip(parameters, starts, lengths, strict=True)
-                ]
-                before += width
-                found.append(Bucket(width * self.num_ranks, weights, flat.grad[start:before] if inner.offload_optimizer else None))
+                start, end = end, end + sum(parameter.partition_numel() for parameter in parameters)
+                found.append(self._bucket(parameters, flat.grad[start:end] if inner.offload_optimizer else None))
         return found
+
+    def _bucket(self, parameters: list[Any], host: Tensor | None) -> Bucket:
+        ends = list(accumulate(parameter.partition_numel() for parameter in parameters))
+        places = [range(start, end) for start, end in pairwise([0, *ends])]
+        weights = [(parameter, partial(_put_sharded, ends[-1], place)) for parameter, place in zip(parameters, places, strict=True)]
+        return Bucket(ends[-1] * self.num_ranks, weights, host)
 
     def hand_over(self, parts: list[Tensor]) -> None:
         rest = iter(parts)

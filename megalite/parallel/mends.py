@@ -6,7 +6,6 @@ no longer needed. How the facts were found: docs/design/zero.md.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import re
 from collections.abc import Iterator
@@ -55,8 +54,6 @@ def start() -> None:
     if accelerator.device_name() == "cpu":
         # 0.19.8 takes "oneDNN has no fast fp16 here" for "torch cannot compute in fp16"; slow will do for proofs and trials
         accelerator.is_fp16_supported = lambda: True
-        # it starts a program to count NUMA nodes, whenever it is asked
-        accelerator.device_count = functools.cache(accelerator.device_count)
     read_architectures_with_letters()
     # ranges for NVIDIA's profiler around every function of ZeRO, thousands in a step
     importlib.import_module("deepspeed.utils.nvtx").enable_nvtx = False  # type: ignore[attr-defined]
