@@ -133,16 +133,23 @@ class _Account(Sizes):
         previous = np.where(self.large, np.where(alive.chunk > 0, self.matrices[2], head), previous)
         joins = self._joins(alive, last)
         last = last + joins
-        # norms and biases are sent behind the last bucket, so it arrives before the embedding's gradient is made
-        ended = np.maximum(moved * (last + previous) + self.copied * previous, moved * last + self.copied * last)
         own = w * words + np.where(joins > 0, moved * last, self.copied * words)
         own = np.where(self.both > 0, np.maximum(own, 2 * w * words), own)  # the head's has waited, and they are added up
-        own = np.maximum(own, ended)
         found = self._state(alive, closing=True)
         found["activations"] = found["activations"] - alive.chunk * self.kept
         found["buckets"] = found["buckets"] + moved * alive.chunk * self.small
-        # a gradient for the stage before; what was before the embedding's is let go of with it
-        found["working"] = np.where(alive.bottom > 0, own, self.hidden + ended)
+        # the last bucket is full with the first block's product: its input is there, its gradient and that of what was added to it. The
+        # bucket arrives with the next one, of biases, or of norms, when the one gradient is there that the block passes on. What a chunk
+        # put out is there to the end; it is as large as what the first chunk was made of, which is gone then.
+        hidden = self.hidden * (joins == 0)  # else the embedding has gone back before
+        output = hidden * (1 - alive.top)
+        during = 2 * hidden + np.where(alive.bottom > 0, hidden, output)
+        after = hidden + np.where(alive.bottom > 0, 0.0, output)
+        ended = np.maximum(
+            moved * (last + previous) + self.copied * previous + during,
+            moved * last + self.copied * last + np.where(self.shape.bias, during, after),
+        )
+        found["working"] = np.where(alive.bottom > 0, np.maximum(own, ended), ended)
         return "end", found, _total(found)
 
 
