@@ -107,7 +107,10 @@ class _Account(Sizes):
         forth = {**state, "working": self.forth}
         yield "deep", forth, np.where((alive.chunk > 0) & (alive.top == 0), held + forth["working"], -np.inf)
         alone, travels = self.moved * head * self.large, (self.moved > 0) & ~self.large
-        work = np.maximum(self.computed + np.maximum(self.first - late + alone, made), self.exchanged - late)
+        # behind the gradient of the first weight the head's arrives, for the host
+        sent = alone * (1 + self.copied / self.width) + self.width * self.matrices[0]
+        most = np.maximum(np.maximum(self.first - late + alone, made), sent * (alone > 0))
+        work = np.maximum(self.computed + most, self.exchanged - late)
         received = self.hidden * (alive.top == 0)  # the gradient of what a stage put out, which is counted there
         work = self.hidden - received + work
         buckets = self.moved * (whole + head * ~self.large) + small
