@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -147,12 +148,31 @@ def run(layer: nn.Module, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return layer(x, batch)
 
 
+@contextmanager
+def _weights_as_they_are() -> Iterator[None]:
+    """torch's checkpoint (2.13) saves what is detached of a tensor, also of weights. ZeRO-3's come and go: of a layer that had run again,
+    all were there until each had gone back, beside those that were gathered for it, whatever the limit.
+    """
+    save, give = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def pack(saved: Tensor) -> Any:
+        return saved if isinstance(saved, nn.Parameter) else (save(saved),)
+
+    with saved_tensors_hooks(pack, lambda packed: packed if isinstance(packed, nn.Parameter) else give(packed[0])):
+        yield
+
+
+def _run_again(layer: nn.Module, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    with _weights_as_they_are():
+        return layer(x, batch)
+
+
 def run_full(layer: nn.Module, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    return checkpoint(layer, x, batch, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(_run_again, layer, x, batch, use_reentrant=False, preserve_rng_state=False)
 
 
 def run_selective(layer: nn.Module, x: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    return checkpoint(layer, x, batch, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
+    return checkpoint(_run_again, layer, x, batch, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
 
 
 KINDS = {"none": run, "full": run_full, "selective": run_selective}
