@@ -209,7 +209,7 @@ class Gathering:
 
 
 def _on(stream: Any) -> AbstractContextManager[Any]:
-    """As torch.cuda.stream, which takes longer over None than a small gather, twice for each weight."""
+    """As torch.cuda.stream, which looks for the device even where there is no stream, twice for each weight."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 

@@ -121,7 +121,7 @@ class _Account(Sizes):
         yield moment("reduction", (num + 1 < alive.chunk) & (rest > 1) & travels, num + 1, second, product)
         if np.any(self.copied):
             both = np.where(self.large, self.matrices[2] + self.matrices[3], second)
-            work = self.hidden + self.hidden + self.copied * np.where(self.large, self.matrices[2], first)
+            work = 2 * self.hidden + self.copied * np.where(self.large, self.matrices[2], first)
             yield moment("reduction", (num < alive.chunk) & (self.copied > 0), np.where(self.large, one, num + rest), both, work)
 
     def closing(self, alive: Alive) -> Moment:
