@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -190,10 +191,10 @@ def _be_reborn(orders: Orders, rank: int, link: Link) -> NoReturn:
     os.environ[REPORTS] = f"{link.reports.fileno()}"
     os.environ.setdefault("OMP_NUM_THREADS", f"{max(1, (os.cpu_count() or 1) // orders.world)}")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    pipes = link.reports.fileno(), link.leave
-    for pipe in pipes:
+    for pipe in (pipes := (link.reports.fileno(), link.leave)):
         os.set_inheritable(pipe, True)
-    code = f"from megalite.launch import be_spawned; be_spawned({str(orders.folder)!r}, {rank}, {pipes[0]}, {pipes[1]})"
+    few = f"import gc; gc.set_threshold({gc.get_threshold()[0]})"  # as cli.py said
+    code = f"{few}; from megalite.launch import be_spawned; be_spawned(*{(str(orders.folder), rank, *pipes)!r})"
     os.execve(sys.executable, [sys.executable, "-u", "-c", code], os.environ)
 
 

@@ -27,7 +27,6 @@ from megalite.checkpoint.store import read_facts, whole
 from megalite.config import Config, run_folder
 from megalite.crew import RankError
 from megalite.data.loader import open_train, open_valid, resolve
-from megalite.data.prepare import Preparation, prepare
 from megalite.data.shards import unigram_entropy
 from megalite.ds_config import read_document
 from megalite.errors import UserError
@@ -136,6 +135,8 @@ def prepare_corpus(config: Config) -> None:
     data = config.data
     if not data.train or not data.corpus or Path(f"{resolve(data.train[0])}.idx").is_file():
         return
+    from megalite.data.prepare import Preparation, prepare  # a third of a second, which no other rank needs
+
     prepare(
         Preparation(inputs=data.corpus, output=data.train[0], tokenizer=data.corpus_tokenizer or "train:bpe", vocab_size=data.corpus_vocab)
     )

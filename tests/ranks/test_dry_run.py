@@ -106,6 +106,7 @@ def test_torch_keeps_what_was_sent(monkeypatch: pytest.MonkeyPatch, schedule: st
 @pytest.mark.parametrize("kind", ["full", "selective"])
 def test_torch_keeps_weights_of_a_layer_that_runs_again(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """If this fails, `_weights_as_they_are` in parallel/recompute.py is no longer needed."""
+    monkeypatch.setattr("megalite.tune.dryrun.STEPS", 1)
     config = _config({"dp": 2}, width=256, micro_batch=256, global_batch=512, recompute=kind)  # fullest where a block goes back
     limits = {"stage3_max_live_parameters": 1000, "stage3_prefetch_bucket_size": 1000, "stage3_param_persistence_threshold": 0}
     document = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, **limits}}

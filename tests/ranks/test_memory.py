@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import re
 import subprocess
@@ -143,6 +144,39 @@ def test_chunks_receive_when_the_step_ends_that_sends() -> None:
     """By torch's own order the last rank has a sixth."""
     first, last = launch.run_ranks(2, functools.partial(_most_buffers, schedule="interleaved"), warm=("megalite.engine",))
     assert (first, last) == (3, 5)
+
+
+def _uncollected(rank: int, *, config: Config, stage: int) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that only the garbage collector can free after the third step."""
+    from megalite.tune.parity import batch_of, microbatches, start_engine
+
+    limits = {"stage3_max_live_parameters": 5000, "stage3_prefetch_bucket_size": 2000, "stage3_param_persistence_threshold": 0}
+    engine = start_engine(config, {"zero_optimization": {"stage": stage, **limits}})
+    for step in range(3):
+        mine = microbatches(batch_of(config, step), config, dp=engine.mesh.dp, dp_rank=engine.mesh.dp_rank)
+        gc.collect()
+        gc.disable()
+        engine.step(step, mine)
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    gc.collect()
+    return [tuple(found.shape) for found in gc.garbage if isinstance(found, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "stage", "train"),
+    [({"dp": 2, "pp": 2}, 3, {"schedule": "interleaved", "recompute": "full"}), ({"dp": 2, "tp": 2}, 1, {"recompute": "selective"})],
+)
+def test_a_step_leaves_no_tensor_to_the_garbage_collector(mesh: dict[str, int], stage: int, train: dict[str, Any]) -> None:
+    """Which looks for garbage seldom (cli.py): a tensor in a cycle would stay for many steps."""
+    config = Config.model_validate(
+        {
+            "model": {"layers": 4, "width": 32, "heads": 2, "vocab": 50, "sequence": 16},
+            "mesh": mesh,
+            "train": {"global_batch": 8, "micro_batch": 1, "precision": "bf16", **train},
+        }
+    )
+    left = launch.run_ranks(4, functools.partial(_uncollected, config=config, stage=stage), warm=("megalite.engine",))
+    assert left == [[]] * 4
 
 
 if __name__ == "__main__":

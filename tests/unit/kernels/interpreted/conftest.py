@@ -20,13 +20,6 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 
 @pytest.fixture(autouse=True)
-def few_threads() -> None:
-    import torch
-
-    torch.set_num_threads(1)  # the tensors are small; threads only wait for each other
-
-
-@pytest.fixture(autouse=True)
 def one_patch_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter (3.7.1) puts itself into triton.language at every call of a device function; once a launch and module will do."""
     from triton.runtime import interpreter
