@@ -84,8 +84,6 @@ class ShardedBuckets(Buckets):
         inner = self.inner
         inner.grad_partitions_flat_buffer = None  # where DeepSpeed would sum up the parts
         inner._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.clear()
-        for bucket in inner.ipg_buckets.values():
-            bucket.buffer = None
         layers = [[list(layer) for _, layer in groupby(each, lambda parameter: parameter.cut.layer)] for each in inner.fp16_groups]
         self.runs = [runs(each, self.most, size=lambda parameter: parameter.ds_numel) for each in layers]
         found = []

@@ -60,7 +60,8 @@ def choose(document: dict[str, Any], *, precision: str, micro_batch: int, reduce
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host too, and needs no compiler there
         # ZeRO 0 and 1 use the buffers of DeepSpeed's stage 2, over a group of one and over all. Stage 0 of DeepSpeed 0.19.8 reports a norm
         # of 0; its stage 1 routes bf16 to another optimizer, which accumulates and clips by itself.
-        "zero_optimization": {**zero, "stage": max(stage, 2)},
+        # Gradients are ours to put together (sums.py): with contiguous ones DeepSpeed's stage 3 makes a bucket at the start that none fill.
+        "zero_optimization": {**zero, "stage": max(stage, 2), **({"contiguous_gradients": False} if stage == 3 else {})},
     }
     travel = document.get("communication_data_type") or precision
     return Settings(

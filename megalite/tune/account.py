@@ -47,8 +47,12 @@ class _Account(Sizes):
         found = dict(self.always)
         top: Any = 0.0 if turn else alive.top  # the head has gone back
         gone = top * alive.bottom if closing else top  # what the head was made of; but what a chunk received stays until its end
+        found["buckets"] = found["buckets"] + top * self.moved * self.joined * self.pairs
         found["activations"] = (
-            alive.blocks * self.kept + (alive.units + alive.waiting - gone) * self.hidden + (alive.heads - top) * self.head
+            alive.blocks * self.kept
+            + (alive.units + alive.waiting - gone) * self.hidden
+            + (alive.heads - top) * self.head
+            + (alive.embeds - closing * alive.bottom) * self.normed
         )
         if turn:
             found["gathered"] = self.at_turn
@@ -60,9 +64,10 @@ class _Account(Sizes):
 
     def turn(self, alive: Alive) -> Moment:
         found = self._state(alive, turn=True)
-        # the gradients of the head's weight and input, and the padded weight
+        # the gradients of the head's weight and input, and the padded weight; of BERT's also that of its input by the pairs
         weight = self.width * self.words * self.padded * (1 + (self.padded > 1))
-        found["working"] = alive.top * (weight + self.whole)
+        found["working"] = alive.top * (weight + self.whole + self.hidden * np.asarray(self.shape.bert))
+        found["buckets"] = found["buckets"] + alive.top * self.moved * self.pairs
         return "turn", found, _total(found)
 
     def _joins(self, alive: Alive, rest: Array) -> Array:
@@ -73,7 +78,8 @@ class _Account(Sizes):
         """The blocks and the elements of the first bucket that has blocks, and those of a head that goes before."""
         joined = alive.top * (self.beside > 0)
         blocks = np.minimum(np.where(joined > 0, self.beside, self.per), alive.chunk)
-        return blocks, self.dense * blocks + joined * self.words, alive.top * self.alone * (1 - joined) * self.words
+        before = np.where(self.pairs > 0, self.pairs * (1 - self.joined), self.alone * (1 - joined) * self.words)
+        return blocks, self.dense * blocks + joined * self.words, alive.top * before
 
     def blocks(self, alive: Alive) -> Iterator[Moment]:
         """Of a chunk's last block on its way forward, and of those on their way back the first; the second, when the first bucket is there;
@@ -98,7 +104,8 @@ class _Account(Sizes):
 
         def moment(name: str, there: Array, gone: Array, buckets: Array, working: Array) -> Moment:
             buckets = self.moved * buckets + small
-            parts = {**state, "activations": state["activations"] - gone * self.kept, "buckets": buckets, "working": working}
+            activations = state["activations"] - gone * self.kept
+            parts = {**state, "activations": activations, "buckets": state["buckets"] + buckets, "working": working}
             left = self.gathers * (self.lasting + (alive.chunk - gone) * self.block)
             parts["gathered"] = np.where(ends, np.minimum(state["gathered"], left), state["gathered"])
             total = held - gone * self.kept + parts["gathered"] - state["gathered"] + buckets + working
@@ -106,15 +113,18 @@ class _Account(Sizes):
 
         forth = {**state, "working": self.forth}
         yield "deep", forth, np.where((alive.chunk > 0) & (alive.top == 0), held + forth["working"], -np.inf)
+        state["activations"], held = state["activations"] - self.normed, held - self.normed
         alone, travels = self.moved * head * self.large, (self.moved > 0) & ~self.large
         # behind the gradient of the first weight the head's arrives, for the host
         sent = alone * (1 + self.copied / self.width) + self.width * self.matrices[0]
         most = np.maximum(np.maximum(self.first - late + alone, made), sent * (alone > 0))
         work = np.maximum(self.computed + most, self.exchanged - late)
-        received = self.hidden * (alive.top == 0)  # the gradient of what a stage put out, which is counted there
+        # the gradient of what a stage put out, which is counted there, and is that of its last sum, unless a norm follows
+        received = self.hidden * (alive.top == 0) * (self.normed == 0)
         work = self.hidden - received + work
         buckets = self.moved * (whole + head * ~self.large) + small
-        yield "deep", {**state, "buckets": buckets, "working": work}, np.where(alive.chunk > 0, held + buckets + work, -np.inf)
+        parts = {**state, "buckets": state["buckets"] + buckets, "working": work}
+        yield "deep", parts, np.where(alive.chunk > 0, held + buckets + work, -np.inf)
         product = self.hidden + product
         yield moment("deep", alive.chunk > 1, one, np.where(self.large, self.matrices[3], whole + head), product)
         yield moment("reduction", (num < alive.chunk) & travels, num, second, self.hidden + self.computed + made)
@@ -146,12 +156,14 @@ class _Account(Sizes):
         # put out is there to the end; it is as large as what the first chunk was made of, which is gone then.
         hidden = self.hidden * (joins == 0)  # else the embedding has gone back before
         output = hidden * (1 - alive.top)
-        during = 2 * hidden + np.where(alive.bottom > 0, hidden, output)
         after = hidden + np.where(alive.bottom > 0, 0.0, output)
+        # where no norm comes before the product, only the sum of its input's gradient with that of what was added to it
+        during = after + (self.normed == 0) * (hidden + np.where(alive.bottom > 0, hidden, 0.0))
         ended = np.maximum(
             moved * (last + previous) + self.copied * previous + during,
             moved * last + self.copied * last + np.where(self.shape.bias, during, after),
         )
+        ended = ended + alive.bottom * self.normed
         found["working"] = np.where(alive.bottom > 0, np.maximum(own, ended), ended)
         return "end", found, _total(found)
 

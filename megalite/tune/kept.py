@@ -40,8 +40,8 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     dear = tokens * w * (d / share + columns + attention + results + shape.ups * f + exchanged)
     entry = tokens * w * d / share
     kept = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [entry + 0 * whole, dear], whole)
-    # norms, their sum, GELU; what attention's projection gave is added to the block's input and let go
-    passed = d / share if runtime.name == "megalite" else 0.0
+    # norms, their sum, GELU; the results are added to what was there and let go
+    passed = (1.0 + np.asarray(shape.bert)) * d / share if runtime.name == "megalite" else 0.0
     cheap = tokens * (w * (3.0 * d / share + rotated + activation - shape.ups * f - passed) + 4 * 4.0 / share) + turned
     again = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [whole - kept, cheap], 0.0)
     return kept, again

@@ -66,6 +66,10 @@ class Sizes:
         words = ceil(shape.vocab, t)
         self.padded = np.ceil(words / 64) * 64 / words  # the head's products are padded, see kernels/cross_entropy.py
         self.head = self.whole + self.row * words * self.padded
+        # of BERT's also the product before it and its GELU, which the norm saves; and what a norm saves at the end of an embedding or block
+        bert = 1.0 * np.asarray(shape.bert)
+        self.head = self.head + 2.0 * bert * self.hidden
+        self.normed = bert * (self.hidden + 8.0 * self.row / w / np.where(self.cut, t, 1))
 
     def _pass(self) -> None:
         """What is on its way between stages, and between the products of a block that goes back."""
@@ -89,7 +93,8 @@ class Sizes:
         """What lies there for the whole run."""
         w, three, layouts = self.width, self.layouts.stage == 3, self.layouts
         # ids, targets and what these count, of this rank's part of each sequence, and the whole they were taken from
-        batch = (layouts.microbatches * layouts.micro * self.shape.sequence) * (16.0 + 20.0 / layouts.cp)
+        segments = 8.0 * np.asarray(self.shape.bert)
+        batch = (layouts.microbatches * layouts.micro * self.shape.sequence) * (16.0 + segments + (20.0 + segments) / layouts.cp)
         return {
             "weights": w * np.where(three, self.own * (self.offload < 2), self.every),
             "optimizer": runtime.state_bytes * self.own * (self.offload < 1),
@@ -188,9 +193,15 @@ class Sizes:
         self.dense = np.add.reduce(self.matrices)
         self.per = np.floor(self.bucket / self.dense)  # blocks in one
         self.large = self.per == 0
-        self.untied = 1.0 - np.asarray(self.shape.tied, dtype=float)
+        split, self.untied = self.split, 1.0 - np.asarray(self.shape.tied, dtype=float)
         self.beside = self.untied * np.floor(np.maximum(self.bucket - self.words, 0.0) / self.dense)  # a head
         self.small = self.block - self.dense  # norms and biases, which travel together
+        # BERT's matrices that no head of GPT has, with the tables beside the embedding of words, if that is there
+        shape, both = self.shape, split.embed * split.head
+        d = shape.width * np.asarray(shape.bert)
+        pairs, tables = 2.0 * d * (d + 1), d * (shape.positions + 2.0)
+        self.joined = both * (pairs + tables <= self.bucket)
+        self.pairs = np.where(pairs <= self.bucket, pairs + self.joined * tables, d * d)
         # of a weight that is gathered and may go
         self.goes = self.gathers * self.matrices[0] * ((self.lasting < self.matrices[0]) & ~self.stay & ~self.fetched)
         # what came of an element, on its way to the host, and from the second microbatch on the sum that it is added to

@@ -49,6 +49,7 @@ class Alive:
     blocks: Array  # with activations, once a microbatch
     units: Array  # chunks, once a microbatch
     heads: Array  # those of them with the head
+    embeds: Array  # and with the embedding
     chunk: Array  # blocks of the one that goes back
     behind: Array  # blocks of the chunks behind that one
     top: Array  # it has the head
@@ -96,7 +97,8 @@ def flying(layouts: Layouts, split: Split) -> dict[str, Alive]:
     waiting = (1 - split.head) * (layouts.pp > 1)
     fullest = np.stack(
         [
-            *(held * split.blocks, held + nothing, held * split.head, split.blocks, nothing, split.head, split.embed),
+            *(held * split.blocks, held + nothing, held * split.head, held * split.embed),
+            *(split.blocks, nothing, split.head, split.embed),
             *(waiting, more + nothing, nothing),
         ]
     )
@@ -158,7 +160,8 @@ def _unit_by_unit(
         return _sums(forward)[started] - _sums(backward)[:-1]
 
     top, bottom = (going == v - 1) * head, (going == 0) * embed
-    blocks, units, heads = alive(size[chunk], size[going]), started - turns, alive((chunk == v - 1) * head, top)
+    blocks, units = alive(size[chunk], size[going]), started - turns
+    heads, embeds = alive((chunk == v - 1) * head, top), alive((chunk == 0) * embed, bottom)
     summed = np.concatenate([[False], np.logical_or.accumulate(size[going] > 0)[:-1]])
     inputs, grads = _early(v, pp, place, group, total) if many else (0, max(group - pp + 1, 1) if place == pp - 1 else 1)
     ahead = _sums(1 - (chunk == 0) * embed)
@@ -168,7 +171,7 @@ def _unit_by_unit(
     waiting = waiting + ahead[np.minimum(turns + grads, total)] - ahead[turns]
     behind = size[::-1].cumsum()[::-1] - size
     next_forward = (started < total) * (1 + (np.append(chunk, 1)[started] == 0) * embed)
-    fields = np.stack([blocks, units, heads, size[going], behind[going], top, bottom, waiting, summed, next_forward]).astype(float)
+    fields = [blocks, units, heads, embeds, size[going], behind[going], top, bottom, waiting, summed, next_forward]
     held = units + waiting
     weight = blocks + held if full else blocks * 2 * (total + 1) + held
     # an embedding is in the way of what would be fetched ahead; most of it where a forward is near
@@ -180,7 +183,8 @@ def _unit_by_unit(
 
     found = [fullest(there) for there in (going == v - 1, size[going] > 0, size[going] == max(sizes))]
     alone = head and not size[-1]
-    return tuple(map(tuple, fields[:, [*found, found[0] if alone else fullest(going == 0)]].T.tolist()))
+    states = [*found, found[0] if alone else fullest(going == 0)]
+    return tuple(map(tuple, np.stack(fields).astype(float)[:, states].T.tolist()))
 
 
 def _sums(each: Array) -> Array:

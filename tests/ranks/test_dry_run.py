@@ -84,6 +84,14 @@ def test_the_last_stage_keeps_no_received_state_of_microbatches_that_are_done() 
     assert many.peak["cpu"] - few.peak["cpu"] < 12 * hidden
 
 
+def test_no_bucket_is_made_at_the_start_that_nobody_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's stage 3 makes one of reduce_bucket_size elements, 1 GB by default."""
+    monkeypatch.setattr("megalite.tune.dryrun.STEPS", 0)
+    document = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 10_000_000}}
+    held = trace(_config({"dp": 2}), document, rank=0, gpu=False, owners=False).start_up["cpu"]
+    assert 0 < held < 2 * 10_000_000
+
+
 @pytest.mark.parametrize(
     ("schedule", "pp", "states"),
     [
