@@ -93,8 +93,9 @@ class Sizes:
         """What lies there for the whole run."""
         w, three, layouts = self.width, self.layouts.stage == 3, self.layouts
         # ids, targets and what these count, of this rank's part of each sequence, and the whole they were taken from
-        segments = 8.0 * np.asarray(self.shape.bert)
-        batch = (layouts.microbatches * layouts.micro * self.shape.sequence) * (16.0 + segments + (20.0 + segments) / layouts.cp)
+        bert = np.asarray(self.shape.bert)  # segments, and of the whole the spans that attention sees
+        each = 16.0 + 24.0 * bert + (20.0 + 8.0 * bert) / layouts.cp
+        batch = layouts.microbatches * layouts.micro * self.shape.sequence * each
         return {
             "weights": w * np.where(three, self.own * (self.offload < 2), self.every),
             "optimizer": runtime.state_bytes * self.own * (self.offload < 1),

@@ -125,11 +125,11 @@ def test_the_closed_form_knows_what_bert_has_more(words: str, bucket: int, live:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize(("recipe", "num"), [("gpt-1.3b", 200), ("bert-large", 40)])
-def test_the_closed_form_is_near_the_engine_on_layouts_drawn_at_random(recipe: str, num: int, elsewhere: Executor) -> None:
+@pytest.mark.parametrize(("recipe", "num", "most"), [("gpt-1.3b", 200, 195), ("bert-large", 40, 37)])
+def test_the_closed_form_is_near_the_engine_on_layouts_drawn_at_random(recipe: str, num: int, most: int, elsewhere: Executor) -> None:
     draw, config = random.Random(17), settings.load(recipe, overrides=SHALLOW)
     found = enumerate_layouts(config, 16)
     few = np.flatnonzero(found.microbatches <= 8).tolist()  # more take longer and are no fuller
     drawn = [elsewhere.submit(_off_shallow, recipe, found.take([row])) for row in draw.sample(few, num)]
     away = sorted(abs(each.result()) for each in drawn)
-    assert away[num // 2] < 0.0005 and away[num - num // 40] < 0.005 and away[-1] < 0.01, away
+    assert away[num // 2] < 0.0005 and away[most] < 0.005 and away[-1] < 0.01, away
