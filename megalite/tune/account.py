@@ -52,7 +52,7 @@ class _Account(Sizes):
             alive.blocks * self.kept
             + (alive.units + alive.waiting - gone) * self.hidden
             + (alive.heads - top) * self.head
-            + (alive.embeds - closing * alive.bottom) * self.normed
+            + (alive.embeds - closing * alive.bottom) * (self.normed + self.dropped)
         )
         if turn:
             found["gathered"] = self.at_turn
@@ -163,7 +163,7 @@ class _Account(Sizes):
             moved * (last + previous) + self.copied * previous + during,
             moved * last + self.copied * last + np.where(self.shape.bias, during, after),
         )
-        ended = ended + alive.bottom * self.normed
+        ended = ended + alive.bottom * (self.normed + self.dropped)
         found["working"] = np.where(alive.bottom > 0, np.maximum(own, ended), ended)
         return "end", found, _total(found)
 

@@ -42,6 +42,8 @@ class Shape:
     bert: Number = False
     positions: Number = 0  # rows of that table
     rope: Number = False
+    dropout: Number = False  # behind attention, the MLP and the embedding; which elements are left is kept
+    attention_dropout: Number = False
 
     @classmethod
     def of(cls, config: Config) -> Shape:
@@ -64,6 +66,8 @@ class Shape:
             bert=model.family == "bert",
             positions=model.sequence if model.positions == "learned" else 0,
             rope=model.positions == "rope",
+            dropout=model.dropout > 0,
+            attention_dropout=model.attention_dropout > 0,
         )
 
     @property

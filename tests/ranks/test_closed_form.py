@@ -123,6 +123,18 @@ def test_the_closed_form_knows_what_bert_has_more(words: str, bucket: int, live:
     assert abs(elsewhere.submit(_off_shallow, "bert-large", layout).result()) < 0.001
 
 
+def _off_dropping(layout: Layouts) -> float:
+    dropping = {**SHALLOW, "model": {**SHALLOW["model"], "dropout": 0.1, "attention_dropout": 0.1}}
+    return _compared(settings.load("gpt-1.3b", overrides=dropping), layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["dp2 tp4 cp2 zero3 micro8 sp offload", "dp2 tp4 pp2 zero1 micro16 looped2 full sp"])
+def test_the_closed_form_counts_what_dropout_keeps(words: str, elsewhere: Executor) -> None:
+    layout = Layouts.of(**{**choices.read(words, batch=64, world=16).row(0), "bucket": 200_000_000})
+    assert abs(elsewhere.submit(_off_dropping, layout).result()) < 0.001
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("recipe", "num", "most"), [("gpt-1.3b", 200, 195), ("bert-large", 40, 37)])

@@ -103,6 +103,7 @@ def test_what_is_in_flight_is_what_the_schedule_holds(looped: bool) -> None:
         alone = place == pp - 1 and not sizes[-1]  # a head
         pairs = [(turn, walked[0]), (wide, walked[2]), (end, walked[0 if alone else 3]), *([(deep, walked[1])] if any(sizes) else [])]
         for state, (blocks, held, summed) in pairs:
-            assert (state[0], state[1] + state[7]) == (blocks, held)
+            found = splits.Alive(*state)
+            assert (found.blocks, found.units + found.waiting) == (blocks, held)
             # a rank with fewer microbatches than ranks may wait behind the first backward, where it is said to be as full again
-            assert state[8] == summed or (state[8] > summed and num < pp and not looped)
+            assert found.summed == summed or (found.summed > summed and num < pp and not looped)

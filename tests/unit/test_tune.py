@@ -154,7 +154,7 @@ def test_flags_of_the_run_are_kept() -> None:
 def test_settings_that_are_not_counted_are_named() -> None:
     assert tuning.left_out(settings.load("gpt-1.3b")) == []
     (said,) = tuning.left_out(settings.load("gpt-1.3b", overrides={"model": {"dropout": 0.1}, "train": {"loss_pieces": 8}}))
-    assert "model.dropout = 0.1 (more memory), train.loss_pieces = 8 (less memory, more time)" in said and "--dry-run" in said
+    assert "model.dropout = 0.1 (more time), train.loss_pieces = 8 (less memory, more time)" in said and "--dry-run" in said
 
 
 def test_what_is_written_is_a_run_that_is_accepted(tmp_path: Path) -> None:
