@@ -178,7 +178,7 @@ def left_out(config: Config) -> list[str]:
         for (section, name), (plain, way) in LEFT_OUT.items()
         if (value := getattr(getattr(config, section), name)) != plain
     ]
-    return [f"not counted  {', '.join(found)}; --dry-run says what is held"] if found else []
+    return [f"not counted  {', '.join(found)}; --dry-run says what is kept"] if found else []
 
 
 def _table(found: search.Found, rows: list[int]) -> Table:
