@@ -7,7 +7,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain pretrain-bert lint test tests test-all parity verify fuzz slurm gpu bench-prepare bench-step bench-checkpoint clean
+.PHONY: help install pretrain pretrain-bert lint test tests clusters long long-tests long-clusters test-all parity verify fuzz slurm gpu bench-prepare bench-step bench-checkpoint clean
 
 help:  ## what there is to do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,11 +40,23 @@ lint: .venv/.developer  ## style, types, import contracts
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-test: .venv/.developer  ## the whole test suite but what is marked slow, the SLURM clusters and lint, beside each other
-	$(MAKE) --no-print-directory --jobs 3 lint tests slurm
+test: .venv/.developer  ## lint, most tests and some SLURM clusters, beside each other
+	$(MAKE) --no-print-directory --jobs 3 lint tests clusters
 
 tests: .venv/.developer
-	$(BIN)/python -m pytest -m "not slow and not gpu" --ignore tests/slurm --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow and not long and not gpu" --ignore tests/slurm --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+clusters: .venv/.developer
+	$(BIN)/python -m pytest -m "not long" tests/slurm --numprocesses 3 --maxschedchunk 1
+
+long: .venv/.developer  ## what `make test` leaves out for time; CI runs it behind
+	$(MAKE) --no-print-directory --jobs 2 long-tests long-clusters
+
+long-tests: .venv/.developer
+	$(BIN)/python -m pytest -m "long and not slow and not gpu" --ignore tests/slurm --numprocesses 2 --no-loadscope-reorder
+
+long-clusters: .venv/.developer
+	$(BIN)/python -m pytest -m long tests/slurm --numprocesses 3 --maxschedchunk 1
 
 test-all: lint  ## slow tests too: every layout with every model
 	$(BIN)/python -m pytest -m "not gpu"

@@ -31,8 +31,8 @@ from megalite.upkeep import Checkpoint, Log, Section, Watch
 
 __all__ = ["Config", "Model", "Section", "explain", "load", "merge", "parse", "read", "recipes", "run_folder", "suggest"]
 
-CHUNKED = ("interleaved", "looped")  # schedules under which a rank holds several chunks of layers
-SPLIT_BACKWARD = ("zerobubble", "zbv", "dualpipev")  # torch has them too
+CHUNKED = {"interleaved": 2, "looped": 2, "zerobubble": 1}  # schedules under which a rank may hold several chunks of layers, and how many
+V_SHAPED = ("zbv", "dualpipev")  # torch has them too
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -173,11 +173,12 @@ class Train(Section):
     """Sequences a rank takes at once; global_batch / (dp x micro_batch) microbatches make a step."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Type of weights and activations; master weights and moments are always fp32. fp16 scales the loss, dynamically."""
-    schedule: Literal["1f1b", "gpipe", "interleaved", "looped"] = "1f1b"
+    schedule: Literal["1f1b", "gpipe", "interleaved", "looped", "zerobubble"] = "1f1b"
     """Order of the microbatches in the pipeline; interleaved: 1f1b with several chunks of layers a rank, which shortens the bubble; looped:
-    gpipe with several chunks, breadth first, so that ZeRO-3 gathers a chunk's weights once for all microbatches, for more memory."""
+    gpipe with several chunks, breadth first, so that ZeRO-3 gathers a chunk's weights once for all microbatches, for more memory;
+    zerobubble: 1f1b or interleaved with gradients of weights made where a rank would wait, and all ranks hold as much as the first."""
     chunks: PositiveInt | None = None
-    """Chunks of layers a rank holds under the interleaved and looped schedules; left out: 2."""
+    """Chunks of layers a rank holds under the interleaved and looped schedules; left out: 2. Under zerobubble; left out: 1."""
     reduce: Literal["microbatch", "step"] | None = None
     """ZeRO-2 and 3 reduce gradients after every microbatch (they stay sharded; the default) or once a step (less traffic, more memory), as
     ZeRO-0 and 1 always do."""
@@ -199,11 +200,11 @@ class Train(Section):
 
     @field_validator("schedule", mode="before")
     @classmethod
-    def _refuse_what_splits_the_backward_pass(cls, schedule: Any) -> Any:
-        if str(schedule).lower() in SPLIT_BACKWARD:
+    def _refuse_what_is_shaped_like_a_v(cls, schedule: Any) -> Any:
+        if str(schedule).lower() in V_SHAPED:
             raise UserError(
-                f"train.schedule = {schedule} computes the gradients of weights apart from those of activations, but DeepSpeed reduces and "
-                "frees a gradient in the backward pass that makes it; use interleaved, or looped"
+                f"train.schedule = {schedule} has the first and the last layers on one rank, which no other part of megalite knows; "
+                "use zerobubble"
             )
         return schedule
 
@@ -264,7 +265,7 @@ class Config(Section):
     @property
     def num_chunks(self) -> int:
         """Chunks of layers a rank holds."""
-        return (self.train.chunks or 2) if self.train.schedule in CHUNKED else 1
+        return self.train.chunks or CHUNKED.get(self.train.schedule, 1)
 
     @property
     def sequence(self) -> int:

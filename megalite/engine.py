@@ -31,7 +31,7 @@ from megalite.parallel import mends, settings, stages, tensor, zero
 from megalite.parallel.context import share as share_sequence
 from megalite.parallel.gradients import LossScale
 from megalite.parallel.pipeline import Batch, Pipeline
-from megalite.parallel.recompute import KINDS
+from megalite.stage import Stage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,38 +53,6 @@ class Report:
         return sum(self.parts.values())
 
 
-class Stage(nn.Module):
-    """This rank's layers, under the names they have in the whole model; several chunks of them when the schedule is interleaved."""
-
-    def __init__(self, chunks: list[dict[str, nn.Module]], *, recompute: str = "none", recompute_layers: int | None = None) -> None:
-        """What blocks keep for the backward pass: everything, what was dear (selective) or their input (full); see `parallel/recompute.py`.
-
-        recompute_layers: only the first so many blocks of a chunk compute again.
-        """
-        super().__init__()
-        for name, part in (item for chunk in chunks for item in chunk.items()):
-            models.attach(self, name, part)
-        self.orders = [list(chunk) for chunk in chunks]
-        blocks = [[name for name in order if name.startswith("layers.")][:recompute_layers] for order in self.orders]
-        self.recomputed = {name for order in blocks for name in order} if recompute != "none" else set()
-        self.again = KINDS[recompute]
-
-    def in_order(self) -> list[nn.Module]:
-        """The layers of all chunks."""
-        return [self.get_submodule(name) for order in self.orders for name in order]
-
-    def chunks(self) -> dict[nn.Parameter, int]:
-        """Every weight, in order, and the number of its chunk."""
-        return {weight: n for n, order in enumerate(self.orders) for name in order for weight in self.get_submodule(name).parameters()}
-
-    def forward(self, x: Tensor, batch: Batch, chunk: int = 0) -> Tensor:
-        """Ids (b, s) or a hidden state (b, s, d) in, a hidden state or the parts of the loss out."""
-        for name in self.orders[chunk]:
-            layer = self.get_submodule(name)
-            x = self.again(layer, x, batch) if name in self.recomputed and torch.is_grad_enabled() else layer(x, batch)
-        return x
-
-
 class Engine:
     """Trains config's model on this mesh, one global batch at a time."""
 
@@ -101,13 +69,15 @@ class Engine:
             mends.open_secondary_groups(mesh, size)
         module = self._build(chosen)
         tied = {name for pair in models.tied(config.model).items() for name in pair}
+        later = module.blocks() if train.schedule == "zerobubble" else None
         self.zero = zero.Zero(
             module,
             mesh=mesh,
             settings=chosen,
-            optimizer=self._optimizer(module, tied, most=chosen.group),
+            optimizer=self._optimizer(module, tied, later or [], most=chosen.group),
             tied=tied,
             sequence_parallel=train.sequence_parallel,
+            later=later,
         )
         if train.compile:
             self._compile(module)
@@ -182,22 +152,24 @@ class Engine:
                     source.cut = cut  # type: ignore[attr-defined]
                 setattr(module, leaf, source)
 
-    def _optimizer(self, module: Stage, tied: set[str], *, most: int) -> torch.optim.AdamW:
+    def _optimizer(self, module: Stage, tied: set[str], later: list[nn.Module], *, most: int) -> torch.optim.AdamW:
         """AdamW over groups of at most `most` elements: decayed or not, cut by tensor parallelism or held whole, and the tied weight.
 
         A group is of one chunk, laid out as its backward pass goes. ZeRO 1 and 2 cut a group's flat buffer by rank; what several ranks
-        hold as copies lies in groups of its own, so that they cut it alike.
+        hold as copies lies in groups of its own, so that they cut it alike; as does what comes later than the rest of a pass.
         """
         rule = self.config.optimizer
-        groups: dict[tuple[int, bool, str], dict[str, list[nn.Parameter]]] = {}
+        put_off = {weight for block in later for weight in block.parameters()}
+        groups: dict[tuple[int, bool, bool, str], dict[str, list[nn.Parameter]]] = {}
         for parameter, chunk in reversed(module.chunks().items()):
             cut = parameter.cut  # type: ignore[attr-defined]
             kind = "tied" if cut.name in tied else "whole" if cut.dim is None else "cut"
-            groups.setdefault((-chunk, optim.decays(cut.name, cut.shape), kind), {}).setdefault(cut.layer, []).append(parameter)
+            key = (-chunk, parameter in put_off, optim.decays(cut.name, cut.shape), kind)
+            groups.setdefault(key, {}).setdefault(cut.layer, []).append(parameter)
         return torch.optim.AdamW(
             [
                 {"params": parameters, "weight_decay": rule.weight_decay * decays}
-                for (_, decays, _), layers in sorted(groups.items(), key=lambda group: group[0])
+                for (_, _, decays, _), layers in sorted(groups.items(), key=lambda group: group[0])
                 for parameters in optim.runs(layers.values(), most, size=Tensor.numel)
             ],
             lr=rule.lr,

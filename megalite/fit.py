@@ -75,6 +75,8 @@ def _check_compile(config: Config) -> None:
     if train.compile and mesh.tp * mesh.cp > 1:
         cut = f"mesh.tp = {mesh.tp}" if mesh.tp > 1 else f"mesh.cp = {mesh.cp}"
         raise UserError(f"train.compile = true is for blocks that no other rank has a part of, but {cut}; leave one of them out")
+    if train.compile and train.schedule == "zerobubble":
+        raise UserError("train.schedule = zerobubble halves backward passes, which train.compile = true makes whole; leave one of them out")
     if train.compile and train.recompute == "selective":
         raise UserError("train.recompute = selective cannot see into blocks of train.compile = true; use full or none, or do not compile")
 
@@ -91,8 +93,8 @@ def _check_batch(config: Config) -> None:
     made = f"{microbatches} microbatches (global_batch {train.global_batch} / dp {dp} / micro_batch {train.micro_batch})"
     if train.schedule == "1f1b" and microbatches < mesh.pp:
         raise UserError(f"{made} cannot fill mesh.pp = {mesh.pp} stages under 1f1b; raise train.global_batch or lower train.micro_batch")
-    if train.schedule == "interleaved" and microbatches % max(1, microbatches // mesh.pp):
-        raise UserError(f"{made} are no equal rounds of about mesh.pp = {mesh.pp}, which interleaved needs; change train.global_batch")
+    if train.schedule in ("interleaved", "zerobubble") and microbatches % max(1, microbatches // mesh.pp):
+        raise UserError(f"{made} are no equal rounds of about mesh.pp = {mesh.pp}, which {train.schedule} needs; change train.global_batch")
 
 
 def _check_head(config: Config) -> None:

@@ -5,7 +5,7 @@ Every stage reads its own ids, labels and masks, so one tensor travels between s
 one, by the same path.
 
 GPipe: Huang et al. 2018, arXiv:1811.06965. 1F1B and interleaved 1F1B with flushes: Narayanan et al. 2021, arXiv:2104.04473. Looped,
-breadth first: Lamy-Poirier 2022, arXiv:2211.05953.
+breadth first: Lamy-Poirier 2022, arXiv:2211.05953. Zero bubble: Qi et al. 2023, arXiv:2401.10241, its ZB1P, with one or several chunks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleLoopedBFS, schedules
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+    schedules,
+)
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, _Action, _ComputationType, _PipelineScheduleRuntime
 
 from megalite.mesh import Mesh
@@ -30,6 +38,7 @@ SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
     "interleaved": ScheduleInterleaved1F1B,
     "looped": ScheduleLoopedBFS,
+    "zerobubble": ScheduleInterleavedZeroBubble,
 }
 
 
@@ -157,7 +166,9 @@ def exchanged(order: dict[int, list[_Action | None]], num_stages: int) -> dict[i
     came: set[_Action] = set()
 
     def neighbour(action: _Action, forward: int) -> int | None:
-        """Of its stage, the one so many stages further in the direction of the action."""
+        """Of its stage, the one so many stages further in the direction of the action; none, where it is of weights."""
+        if action.computation_type == kind.BACKWARD_WEIGHT:
+            return None
         stage = action.stage_index + (forward if action.computation_type == kind.FORWARD else -forward)
         return stage if 0 <= stage < num_stages else None
 
@@ -221,6 +232,7 @@ class Pipeline:
                 input_args=(ids if index == 0 else hidden,),
                 output_args=(loss if index == last else hidden,),
                 group=mesh.group("pp"),
+                dw_builder=zero.later.held if zero.later else None,
             )
             stage.zero = zero
             self.stages.append(stage)

@@ -34,9 +34,11 @@ class Sums(ABC):
         self.buckets, self.group = buckets, group
         self.num_ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.missing = [len(bucket.weights) for bucket in buckets.every]  # gradients, until a bucket is full
+        self.places: dict[Any, tuple[int, Put]] = {}  # by weight: its bucket, and where in it
         for number, bucket in enumerate(buckets.every):
             for parameter, put in bucket.weights:
-                parameter.register_post_accumulate_grad_hook(partial(self._take, number, put))
+                self.places[parameter] = number, put
+                parameter.register_post_accumulate_grad_hook(self._take)
 
     @abstractmethod
     def begin(self, num_microbatches: int) -> None:
@@ -57,10 +59,19 @@ class Sums(ABC):
         """A bucket that is full."""
 
     @torch.no_grad()
-    def _take(self, number: int, put: Put, parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        self.put(number, put, parameter.grad)
-        parameter.grad = None
+    def _take(self, parameter: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        later = getattr(parameter, "later", None)  # later.py
+        if gradient is None:
+            assert later is not None, "autograd came to a weight without a gradient"
+            return  # the product was put off
+        if later is None or not later.put_off(partial(self.add, parameter, gradient)):
+            self.add(parameter, gradient)
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """The gradient of a microbatch."""
+        number, put = self.places[parameter]
+        self.put(number, put, gradient)
         self.missing[number] -= 1
         if not self.missing[number]:
             self.send(number)

@@ -26,6 +26,7 @@ from megalite.layout import Cut, split
 from megalite.mesh import Mesh
 from megalite.parallel import collectives
 from megalite.parallel.context import Ulysses
+from megalite.parallel.later import gradients, linear
 
 
 class ColumnLinear(nn.Module):
@@ -38,7 +39,7 @@ class ColumnLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.sequence_parallel:
             return gathered_linear(x, self.weight, self.bias, self.group.group_name)
-        return F.linear(collectives.copy(x, self.group), self.weight, self.bias)
+        return linear(collectives.copy(x, self.group), self.weight, self.bias)
 
 
 @torch.library.custom_op("megalite::gathered_linear", mutates_args=())
@@ -54,14 +55,17 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, group: str) -> Tensor:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, group = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.group, ctx.biased = collectives.named(group), bias is not None
+    ctx.save_for_backward(x)
+    ctx.weight, ctx.bias, ctx.group = weight, bias, collectives.named(group)
 
 
-def _go_back(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-    x, weight = ctx.saved_tensors
-    rows, whole = grad.flatten(0, 1), collectives.all_gather(x, ctx.group).flatten(0, 1)
-    return collectives.reduce_scatter(grad @ weight, ctx.group), rows.T @ whole, rows.sum(0) if ctx.biased else None, None
+def _go_back(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    x, weight, bias, group = ctx.saved_tensors[0].detach(), ctx.weight, ctx.bias, ctx.group
+    later = getattr(weight, "later", None)
+    if later is not None and later.put_off(lambda: later.make(weight, bias, collectives.all_gather(x, group), grad)):
+        return collectives.reduce_scatter(grad @ weight, group), None, None, None
+    whole = collectives.all_gather(x, group)
+    return collectives.reduce_scatter(grad @ weight, group), *gradients(whole, grad, biased=bias is not None), None
 
 
 gathered_linear.register_autograd(_go_back, setup_context=_keep)
@@ -76,7 +80,7 @@ class RowLinear(nn.Module):
         self.combine = collectives.scatter if sequence_parallel else collectives.reduce
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.combine(F.linear(x, self.weight), self.group)
+        y = self.combine(linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
 
 

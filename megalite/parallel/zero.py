@@ -11,7 +11,7 @@ matter of how it is called, below; docs/design/zero.md tells how it was found.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -34,6 +34,7 @@ from megalite.mesh import Mesh
 from megalite.parallel import gradients, mends
 from megalite.parallel.buckets import FlatBuckets, ShardedBuckets
 from megalite.parallel.gather import Gathering, Limits
+from megalite.parallel.later import Later
 from megalite.parallel.pieces import Flat, Piece, Sharded
 from megalite.parallel.settings import Settings
 from megalite.parallel.sums import Exchange, MicrobatchSums, StepSums, Sums
@@ -125,8 +126,9 @@ class Zero:
         optimizer: torch.optim.Optimizer,
         tied: set[str],
         sequence_parallel: bool = False,
+        later: Sequence[nn.Module] | None = None,
     ) -> None:
-        """`stage.in_order()` lists its layers."""
+        """`stage.in_order()` lists its layers; `later`: those whose weights' gradients are put off, if passes are halved (later.py)."""
         configuration, zero_stage = settings.configuration, settings.stage
         self.mesh, self.forward = mesh, stage
         self.partial = sequence_parallel  # gradients of what tensor-parallel ranks hold as copies come in parts
@@ -143,6 +145,7 @@ class Zero:
             self.inner, mesh=mesh, tied=tied, replicated=zero_stage == 0, folder=settings.folder
         )
         self.sums = self._sums(settings)
+        self.later = None if later is None else Later(later, self.sums)
         cuts = [parameter.cut for parameter in stage.parameters()]  # type: ignore[attr-defined]
         self.uneven = mesh.tp > 1 and any(part % mesh.tp for cut in cuts for part in cut.parts)
         self.scale = gradients.LossScale() if configuration["fp16"]["enabled"] else None
@@ -202,8 +205,12 @@ class Zero:
 
     def backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
         """Go back from a scalar, or from what a stage put out and the gradient that it received of it."""
-        output.backward(gradient)
-        self.sums.end_pass()
+        if self.later:
+            with self.later.hold():
+                output.backward(gradient)
+        else:
+            output.backward(gradient)
+            self.sums.end_pass()
 
     def aside(self) -> AbstractContextManager[None]:
         """Around forwards that are no training step (validation)."""

@@ -20,7 +20,7 @@ from megalite.tune.layouts import Array, Layouts
 from megalite.tune.runtime import Runtime
 from megalite.tune.shape import Shape
 from megalite.tune.sizes import Parts, Sizes
-from megalite.tune.splits import INTERLEAVED, Alive, Split, flying
+from megalite.tune.splits import Alive, Split, flying
 
 Moment = tuple[str, Parts, Array]
 
@@ -28,21 +28,25 @@ Moment = tuple[str, Parts, Array]
 def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Iterator[Moment]:
     """Each moment's name, its bytes by part, and their sum, which is never the largest where there is no such moment."""
     alive = flying(layouts, split)
-    account = _Account(shape, layouts, split, runtime, alive)
-    nothing = {**account.always, "batch": np.zeros_like(account.own)}
-    yield "start-up", nothing, _total(nothing)
+    account = Account(shape, layouts, split, runtime, alive)
+    yield account.start()
     yield account.turn(alive["turn"])
-    chunked = (layouts.schedule >= INTERLEAVED).any()  # else the states are all one
+    chunked = layouts.several.any()  # else the states are all one
     for state in ("deep", "next")[: 1 + chunked]:
         yield from account.blocks(alive[state])
     for state in ("deep", "end")[: 1 + chunked]:
         yield account.closing(alive[state])
 
 
-class _Account(Sizes):
+class Account(Sizes):
     """Of every kind of rank of every layout."""
 
-    def _state(self, alive: Alive, *, turn: bool = False, closing: bool = False) -> Parts:
+    def start(self) -> Moment:
+        """When the engine is built."""
+        nothing = {**self.always, "batch": np.zeros_like(self.own)}
+        return "start-up", nothing, total(nothing)
+
+    def held(self, alive: Alive, *, turn: bool = False, closing: bool = False) -> Parts:
         """What is there beside what is at work."""
         found = dict(self.always)
         top: Any = 0.0 if turn else alive.top  # the head has gone back
@@ -63,12 +67,12 @@ class _Account(Sizes):
         return found
 
     def turn(self, alive: Alive) -> Moment:
-        found = self._state(alive, turn=True)
+        found = self.held(alive, turn=True)
         # the gradients of the head's weight and input, and the padded weight; of BERT's also that of its input by the pairs
         weight = self.width * self.words * self.padded * (1 + (self.padded > 1))
         found["working"] = alive.top * (weight + self.whole + self.hidden * np.asarray(self.shape.bert))
         found["buckets"] = found["buckets"] + alive.top * self.moved * self.pairs
-        return "turn", found, _total(found)
+        return "turn", found, total(found)
 
     def _joins(self, alive: Alive, rest: Array) -> Array:
         """Elements of an embedding that shares the bucket of the last `rest` elements before it."""
@@ -86,7 +90,7 @@ class _Account(Sizes):
         the first and the second of the second bucket, while the first bucket is on its way; and its last, when what came of the first
         bucket goes to the host. Each when its last product's weight gradient is made, or put into a bucket.
         """
-        state, one = self._state(alive), np.ones_like(alive.chunk)
+        state, one = self.held(alive), np.ones_like(alive.chunk)
         num, first, head = self._buckets(alive)
         rest = np.minimum(self.per, alive.chunk - num)
         second = self.dense * rest
@@ -100,7 +104,7 @@ class _Account(Sizes):
         made = np.maximum(self.moved * self.matrices[0], self.after - goes + self.moved * self.large * self.matrices[0])
         # what may be fetched ahead ends with the blocks, where the embedding is next and does not fit
         ends = (alive.bottom > 0) & (alive.behind == 0) & (self.words > self.ahead) & ~self.fetched
-        held, small = _total(state), self.moved * alive.chunk * self.small
+        held, small = total(state), self.moved * alive.chunk * self.small
 
         def moment(name: str, there: Array, gone: Array, buckets: Array, working: Array) -> Moment:
             buckets = self.moved * buckets + small
@@ -148,7 +152,7 @@ class _Account(Sizes):
         last = last + joins
         own = w * words + np.where(joins > 0, moved * last, self.copied * words)
         own = np.where(self.both > 0, np.maximum(own, 2 * w * words), own)  # the head's has waited, and they are added up
-        found = self._state(alive, closing=True)
+        found = self.held(alive, closing=True)
         found["activations"] = found["activations"] - alive.chunk * self.kept
         found["buckets"] = found["buckets"] + moved * alive.chunk * self.small
         # the last bucket is full with the first block's product: its input is there, its gradient and that of what was added to it. The
@@ -165,8 +169,8 @@ class _Account(Sizes):
         )
         ended = ended + alive.bottom * (self.normed + self.dropped)
         found["working"] = np.where(alive.bottom > 0, np.maximum(own, ended), ended)
-        return "end", found, _total(found)
+        return "end", found, total(found)
 
 
-def _total(parts: Parts) -> Array:
+def total(parts: Parts) -> Array:
     return sum(parts.values())  # type: ignore[return-value]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from megalite.config import Config, Mesh
+from megalite.config import CHUNKED, Config, Mesh
 from megalite.errors import UserError
 from megalite.fit import resolve_mesh
-from megalite.tune.layouts import BUCKETS, OFFLOAD, RECOMPUTE, REDUCE, SCHEDULES, Layouts
+from megalite.tune.layouts import BUCKETS, OFFLOAD, RECOMPUTE, REDUCE, SCHEDULES, ZERO_BUBBLE, Layouts
 
 NUMBERS = {"dp": "dp", "tp": "tp", "pp": "pp", "cp": "cp", "zero": "stage", "micro": "micro", "bucket": "bucket", "live": "live"}
 PINS = {
@@ -22,7 +22,8 @@ CHOICES = {"schedule": SCHEDULES, "recompute": RECOMPUTE, "reduce": REDUCE, "off
 
 
 def pins(overrides: dict[str, Any], config: Config) -> dict[str, int]:
-    """Settings that the command line names are kept; the search goes over the rest."""
+    """Settings that the command line names are kept; the search goes over the rest. Raises UserError for what it does not know."""
+    _check_chunks(config.train.schedule, config.num_chunks)
     found = {}
     for path, column in PINS.items():
         section, leaf = path.split(".")
@@ -31,6 +32,14 @@ def pins(overrides: dict[str, Any], config: Config) -> dict[str, int]:
             if value is not None:
                 found[column] = CHOICES[column].index(value) if column in CHOICES else int(value)
     return found
+
+
+def _check_chunks(schedule: str, chunks: int) -> None:
+    if schedule == SCHEDULES[ZERO_BUBBLE] and chunks > 1:
+        raise UserError(
+            f"zerobubble with {chunks} chunks of layers a rank is in no account of memory, only with one; leave the chunks out, or ask the "
+            "real engine: megalite train --dry-run"
+        )
 
 
 def read(words: str, *, batch: int, world: int) -> Layouts:
@@ -43,7 +52,7 @@ def read(words: str, *, batch: int, world: int) -> Layouts:
         elif match and match[1] in SCHEDULES[2:]:
             found["schedule"], found["chunks"] = SCHEDULES.index(match[1]), int(match[2])
         elif word in SCHEDULES:
-            found["schedule"], found["chunks"] = SCHEDULES.index(word), 2 if word in SCHEDULES[2:] else 1
+            found["schedule"], found["chunks"] = SCHEDULES.index(word), CHUNKED.get(word, 1)
         elif word in RECOMPUTE:
             found["recompute"] = RECOMPUTE.index(word)
         elif word == "sp":
@@ -55,6 +64,7 @@ def read(words: str, *, batch: int, world: int) -> Layouts:
         else:
             known = ", ".join([*(f"{name}N" for name in NUMBERS), *SCHEDULES, *RECOMPUTE, "sp", "step", "offload", "offload-parameters"])
             raise UserError(f"--explain: {word!r} is no part of a layout; write for instance dp8 tp4 zero3 micro2, from {known}")
+    _check_chunks(SCHEDULES[found.get("schedule", 0)], found.get("chunks", 1))
     found.setdefault("dp", max(1, world // (found["tp"] * found["pp"] * found["cp"])))
     return Layouts.of(**found)
 
@@ -73,7 +83,7 @@ def say(row: dict[str, int]) -> str:
 
 def as_config(config: Config, row: dict[str, int], *, deepspeed: str | None = None) -> Config:
     """The run in that layout; unchecked, see `why_not`."""
-    chunked = row["schedule"] >= 2
+    chunked = SCHEDULES[row["schedule"]] in CHUNKED
     train = {
         "micro_batch": row["micro"],
         "global_batch": row["batch"],

@@ -16,7 +16,8 @@ import numpy as np
 from megalite.config import CHUNKED, Config
 
 Array = np.ndarray
-SCHEDULES = ("1f1b", "gpipe", "interleaved", "looped")
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "looped", "zerobubble")
+ZERO_BUBBLE = SCHEDULES.index("zerobubble")  # with one chunk: more are in no account
 RECOMPUTE = ("none", "selective", "full")
 OFFLOAD = ("none", "optimizer", "parameters")
 REDUCE = ("microbatch", "step")
@@ -61,6 +62,11 @@ class Layouts:
         return self.batch // (self.dp * self.micro)
 
     @property
+    def several(self) -> Array:
+        """Whether a rank's chunks are many, by the schedule."""
+        return (self.schedule == SCHEDULES.index("interleaved")) | (self.schedule == SCHEDULES.index("looped"))
+
+    @property
     def once(self) -> Array:
         """Whether gradients are reduced once a step, and whole until then."""
         return (self.stage < 2) | (self.reduce == 1)
@@ -98,7 +104,7 @@ def divisors(number: int) -> list[int]:
 def legal(config: Config, found: Layouts) -> Array:
     """Which rows `fit.resolve_mesh` and the DeepSpeed rules accept for this model."""
     model, sequence = config.model, config.sequence
-    chunked = found.schedule >= SCHEDULES.index(CHUNKED[0])
+    chunked = np.isin(found.schedule, [number for number, name in enumerate(SCHEDULES) if name in CHUNKED])
     many = found.microbatches
     good = (model.heads % (found.tp * found.cp) == 0) & (model.num_kv_heads % found.tp == 0)
     good &= (model.vocab or 1 << 30) >= found.tp
@@ -106,7 +112,7 @@ def legal(config: Config, found: Layouts) -> Array:
     good &= (found.batch % (found.dp * found.micro) == 0) & (many > 0)
     good &= (found.schedule != SCHEDULES.index("1f1b")) | (many >= found.pp)
     rounds = np.maximum(1, many // found.pp)
-    good &= (found.schedule != SCHEDULES.index("interleaved")) | (many % rounds == 0)
+    good &= ((found.schedule != SCHEDULES.index("interleaved")) & (found.schedule != ZERO_BUBBLE)) | (many % rounds == 0)
     good &= (found.split_sequence == 0) | (found.tp > 1)
     good &= sequence % (found.cp * np.where(found.split_sequence == 1, found.tp, 1)) == 0
     good &= (found.reduce == 0) | (found.stage >= 2)
@@ -143,7 +149,7 @@ def _choices(config: Config, mesh: dict[str, int], pinned: dict[str, int]) -> La
     schedules = [(0, 1)]
     if pp > 1:
         most = (config.model.layers + 2) // pp
-        schedules += [(1, 1), *((kind, chunks) for kind in (2, 3) for chunks in (2, 3, 4, 6, 8) if chunks <= most)]
+        schedules += [(1, 1), (ZERO_BUBBLE, 1), *((kind, chunks) for kind in (2, 3) for chunks in (2, 3, 4, 6, 8) if chunks <= most)]
     # a limit that the vocabulary's weight does not fit into lets go of everything else whenever that weight is there
     words = -(-(config.model.vocab or 0) // mesh["tp"]) * config.model.width
     live_choices = LIVE if "live" in pinned else [limit for limit in LIVE if limit >= words] or LIVE[-1:]

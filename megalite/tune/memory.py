@@ -9,17 +9,20 @@ A step has a few moments that can be its fullest, and building the engine one:
     end        the embedding goes back, the last of all
     update     activations are gone, the optimizer needs room for its arithmetic
 
-What is there at each of them is an account of the engine: ours in account.py, those of other runtimes in others.py. ZeRO: Rajbhandari et
+What is there at each of them is an account of the engine: ours in account.py, and for zero-bubble schedules in halves.py, those of other
+runtimes in others.py. ZeRO: Rajbhandari et
 al. 2020, arXiv:1910.02054.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from megalite.tune import account, others
+from megalite.tune import account, halves, others
 from megalite.tune.kept import parameters
-from megalite.tune.layouts import Array, Layouts
+from megalite.tune.layouts import ZERO_BUBBLE, Array, Layouts
 from megalite.tune.runtime import Runtime
 from megalite.tune.shape import Shape
 from megalite.tune.splits import Split
@@ -31,7 +34,23 @@ MOMENTS = ("start-up", "turn", "deep", "reduction", "end", "update")
 def waterfall(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> dict[str, Array]:
     """Bytes by the names of PARTS at the fullest moment of the fullest rank; their sum is the peak. `moment` indexes MOMENTS, `rank` the
     split."""
-    engine = account if runtime.name == "megalite" else others
+    halved = layouts.schedule == ZERO_BUBBLE
+    if runtime.name == "megalite" and halved.any():
+        return _both(shape, layouts, split, runtime, halved)
+    return _fullest(account if runtime.name == "megalite" else others, shape, layouts, split, runtime)
+
+
+def _both(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime, halved: Array) -> dict[str, Array]:
+    """Where backward passes are halved, and where they are whole."""
+    found: dict[str, Array] = {}
+    for engine, rows in ((halves, halved), (account, ~halved)):
+        if rows.any():
+            for name, values in _fullest(engine, shape.take(rows), layouts.take(rows), split.take(rows), runtime).items():
+                found.setdefault(name, np.zeros(len(layouts), dtype=values.dtype))[rows] = values
+    return found
+
+
+def _fullest(engine: Any, shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> dict[str, Array]:
     names, moments, sums = zip(*engine.moments(shape, layouts, split, runtime), strict=True)
     totals = np.stack(sums)  # (moments, kinds, n)
     rank = totals.max(axis=0).argmax(axis=0)

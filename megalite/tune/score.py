@@ -41,9 +41,8 @@ class Runs:
     cell: Array  # numbers
 
     def take(self, rows: Array) -> Runs:
-        shape = Shape(**{name: value[rows] if np.ndim(value) else value for name, value in vars(self.shape).items()})
         columns = (getattr(self, name)[rows] for name in ("seconds", "memory", "failed", "cell"))
-        return Runs(shape, self.layouts.take(rows), *columns)
+        return Runs(self.shape.take(rows), self.layouts.take(rows), *columns)
 
 
 def read_runs(path: Path, runtime: Runtime) -> Runs:

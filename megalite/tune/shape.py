@@ -70,6 +70,10 @@ class Shape:
             attention_dropout=model.attention_dropout > 0,
         )
 
+    def take(self, rows: Any) -> Shape:
+        """Of several models some; of one, that one."""
+        return Shape(**{name: value[rows] if np.ndim(value) else value for name, value in vars(self).items()})
+
     @property
     def head_width(self) -> Number:
         return self.width // self.heads

@@ -27,7 +27,7 @@ class Sizes:
     def __init__(self, shape: Shape, layouts: Layouts, split: Split, runtime: Runtime, alive: dict[str, Alive]) -> None:
         self.shape, self.layouts, self.split, self.width = shape, layouts, split, runtime.width
         self.offload, self.shards = layouts.offload, layouts.shards.astype(float)
-        self.once = layouts.once
+        self.once, self.state = layouts.once, alive
         self.selective = layouts.recompute == SELECTIVE
         self._weigh(layouts.tp)
         self.kept, self.computed = block_kept(shape, layouts, runtime)
@@ -147,7 +147,7 @@ class Sizes:
             come = np.where(self.fetched, rest, come)  # what is at work is not counted as ahead
         come = np.minimum(come, rest - (0.0 if turn else working))
         if closing:  # the embedding is next, if a forward pass is, or nothing
-            chunked = self.layouts.schedule >= INTERLEAVED
+            chunked = self.layouts.several
             embedding = np.where(chunked, alive.next_forward > 1, (alive.summed > 0) & (alive.bottom > 0)) & (self.words > self.ahead)
             come = come * ~(embedding | (self.layouts.microbatches * self.layouts.chunks == 1))
         return self.gathers * np.where(self.stay, self.every, self.lasting + working + come)

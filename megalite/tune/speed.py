@@ -7,7 +7,8 @@ the roofline of Williams et al. 2009, with a sum for its maximum, which rounds t
 FlashAttention is 4 s^2 h k over a peak of its own, causal ones half of that, backward 2.5 times as much (arXiv:2307.08691, section 3.1).
 Norms, activations and residuals are bytes over bandwidth. A block cannot be faster than its kernels are launched. Collectives are alpha +
 bytes / beta (Hockney 1994; rings as in Patarasuk and Yuan 2009); beta falls with the nodes that take part. A pipeline's step is the sum of
-all stages once and the slowest m - 1 times more (Narayanan et al. 2021, arXiv:2104.04473, section 2.2, for stages that differ).
+all stages once and the slowest m - 1 times more (Narayanan et al. 2021, arXiv:2104.04473, section 2.2, for stages that differ), unless
+gradients of weights fill what is idle.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megalite.tune.cluster import Cluster
-from megalite.tune.layouts import Array, Layouts
+from megalite.tune.layouts import ZERO_BUBBLE, Array, Layouts
 from megalite.tune.runtime import Constants, Runtime
 from megalite.tune.shape import Shape, ceil
 from megalite.tune.splits import Split
@@ -31,6 +32,7 @@ class Pass:
 
     block: dict[str, Array]
     head: dict[str, Array]
+    again: Array  # passes that a block's products take, of which one makes gradients of weights
 
 
 def step_time(shape: Shape, layouts: Layouts, split: Split, *, cluster: Cluster, runtime: Runtime) -> dict[str, Array]:
@@ -51,7 +53,9 @@ def step_time(shape: Shape, layouts: Layouts, split: Split, *, cluster: Cluster,
     for name in once.block:
         found[name] = m * (mine * once.block[name] + last * once.head.get(name, 0.0))
     found["elementwise"] = found["elementwise"] + m * split.embed[slowest, rows] * embed
-    found["bubble"] = (whole - worst) / layouts.chunks
+    # gradients of weights, twice in (p - 1) (F + B + W) and in (p - 1) (F + B - W) (Qi et al. 2023, arXiv:2401.10241, table 2)
+    filled = np.where(layouts.schedule == ZERO_BUBBLE, 2.0 * (shape.layers - mine) * once.block["matmul"] / once.again, 0.0)
+    found["bubble"] = (whole - worst - filled) / layouts.chunks
     found["p2p"] = _between_stages(shape, layouts, cluster, runtime)
     weights = _weights(shape, layouts, split)
     gathered = _gathered(shape, layouts, weights, runtime)
@@ -96,6 +100,7 @@ def one_pass(shape: Shape, layouts: Layouts, cluster: Cluster, runtime: Runtime)
     return Pass(
         {"matmul": block, "attention": attention, "elementwise": elementwise, "launch": launch, "tp": tp, "cp": cp},
         {"matmul": head, "elementwise": logits, "launch": floor * c.embed, "tp": tp / 4},
+        again,
     )
 
 

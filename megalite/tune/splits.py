@@ -1,8 +1,8 @@
 """Who runs which layers: for every layout the ranks of a pipeline that can be the slowest or the fullest, as counts of layers.
 
 In: a shape, layouts, and the runtime's rule.  Out: `Split`: of at most six ranks a layout, the blocks, whether embedding and head are
-there, and the place in the pipeline. Of ranks with the same layers the first one matters alone: it has the most microbatches in flight.
-`flying` counts those.
+there, and the place in the pipeline. Of ranks with the same layers the first one matters alone: it has the most microbatches in flight
+(where backward passes are halved, the last one, too). `flying` counts those.
 
 Rules: `cost` is ours (parallel/stages.py); `threshold` is nanotron's (a layer is put on the stage at whose share of the cost it begins, and
 the next stage begins behind the layer that passes the share); `even` is Megatron-LM's, layers / pp a stage, embedding and head at the ends.
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megalite.tune.layouts import SCHEDULES, Array, Layouts
+from megalite.tune.layouts import SCHEDULES, ZERO_BUBBLE, Array, Layouts
 from megalite.tune.shape import Shape
 
 WIDE = 6
@@ -65,14 +65,15 @@ Kind = tuple[int, int, int, int, tuple[int, ...]]  # blocks, embed, head, place,
 def split(shape: Shape, layouts: Layouts, rule: str) -> Split:
     """Of every layout."""
     block, head = _threshold_costs(shape) if rule == "threshold" else (shape.block_flops(), shape.head_flops())
-    if np.ndim(shape.layers) == 0:  # one model: two small numbers say which pipeline it is
-        unique, back = np.unique(layouts.pp * 1000 + layouts.chunks, return_inverse=True)
-        keys = [(int(shape.layers), float(block), float(head), *divmod(key, 1000)) for key in unique.tolist()]
+    halved = layouts.schedule == ZERO_BUBBLE
+    if np.ndim(shape.layers) == 0:  # one model: small numbers say which pipeline it is
+        unique, back = np.unique(2000 * layouts.pp + 1000 * halved + layouts.chunks, return_inverse=True)
+        keys = [(int(shape.layers), float(block), float(head), key // 2000, key % 1000, key // 1000 % 2) for key in unique.tolist()]
     else:
-        columns = np.stack(np.broadcast_arrays(shape.layers, block, head, layouts.pp, layouts.chunks), axis=1).astype(np.float64)
+        columns = np.stack(np.broadcast_arrays(shape.layers, block, head, layouts.pp, layouts.chunks, halved), axis=1).astype(np.float64)
         several, back = np.unique(columns, axis=0, return_inverse=True)
-        keys = [(int(layers), cost, last, int(pp), int(chunks)) for layers, cost, last, pp, chunks in several.tolist()]
-    kinds = [_kinds(*key, rule) for key in keys]
+        keys = [(int(layers), cost, last, int(pp), int(chunks), half) for layers, cost, last, pp, chunks, half in several.tolist()]
+    kinds = [_kinds(*key[:5], rule, last=bool(key[5])) for key in keys]
     wide = max(len(ranks) for ranks in kinds)
     kinds = [[*ranks, *[ranks[-1]] * (wide - len(ranks))] for ranks in kinds]
     table = np.array([[kind[:4] for kind in ranks] for ranks in kinds], dtype=np.float64).transpose(2, 1, 0)  # (fields, kinds, keys)
@@ -84,14 +85,14 @@ def flying(layouts: Layouts, split: Split) -> dict[str, Alive]:
     """By moment: `turn`, the fullest with the head; `deep`, the fullest of blocks, and `next`, that where a chunk of the most blocks goes
     back; `end`, of the first chunk, or of a head that is alone in its chunk. All one, where a rank has one chunk.
 
-    1F1B holds the microbatches that are on their way behind a rank, GPipe all of them. With several chunks a rank is followed unit by unit,
-    for its chunks are of different sizes.
+    1F1B and zero-bubble hold the microbatches that are on their way behind a rank, GPipe all of them. With several chunks a rank is
+    followed unit by unit, for its chunks are of different sizes.
     """
-    chunked = layouts.schedule >= INTERLEAVED
+    chunked = layouts.several
     if chunked.all():
         return _named(_follow(layouts, split))
     m = layouts.microbatches
-    held = np.where(layouts.schedule == 0, np.minimum(m, layouts.pp - split.place), m)
+    held = np.where(layouts.schedule == SCHEDULES.index("gpipe"), m, np.minimum(m, layouts.pp - split.place))
     more = 1.0 * (m > held)  # then gradients have been summed when a rank is fullest
     nothing = np.zeros_like(split.blocks)
     waiting = (1 - split.head) * (layouts.pp > 1)
@@ -213,20 +214,22 @@ def _threshold_costs(shape: Shape) -> tuple[Array, Array]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _kinds(layers: int, block: float, head: float, pp: int, chunks: int, rule: str) -> list[Kind]:
+def _kinds(layers: int, block: float, head: float, pp: int, chunks: int, rule: str, *, last: bool) -> list[Kind]:
     """The ranks that differ: without those between the ends that have no more in any chunk than one before them, of those with the same
-    layers the first, and of too many kinds the fullest."""
+    layers the first, and if `last` the last, and of too many kinds the fullest."""
     if rule == "even":
         sizes = [layers // pp + (rank < layers % pp) for rank in range(pp)]
         ranks = [(size, int(rank == 0), int(rank == pp - 1), rank, _even(size, chunks)) for rank, size in enumerate(sizes)]
     else:
         parts = _parts((layers, block, head), pp * chunks, rule)
         ranks = [_rank(parts[rank::pp], rank, layers + 1) for rank in range(pp)]
-    first: dict[tuple[int, int, int], Kind] = {}
+    found: dict[tuple[int, ...], Kind] = {}
     for place, rank in enumerate(ranks):
         if rank[2] or not any(all(map(operator.le, rank[4], other[4])) for other in ranks[:place]):
-            first.setdefault((rank[0], rank[1], rank[2]), rank)
-    kinds = sorted(first.values(), key=lambda kind: (-kind[1] - kind[2], -kind[0]))[:WIDE]  # both ends, then the fullest
+            found.setdefault(rank[:3], rank)
+        if last and not any(all(map(operator.le, rank[4], other[4])) for other in ranks[place + 1 :]):
+            found[(*rank[:3], 1)] = rank
+    kinds = sorted(found.values(), key=lambda kind: (-kind[1] - kind[2], -kind[0]))[:WIDE]  # both ends, then the fullest
     return sorted(kinds, key=lambda kind: kind[3])
 
 

@@ -45,9 +45,9 @@ ZEROS = {
     "zero3-microbatch": (3, {"reduce": "microbatch"}),
     "zero3-step": (3, {"reduce": "step"}),
 }
-SCHEDULES = ("1f1b", "gpipe", "interleaved", "looped")
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "looped", "zerobubble")
 WHOLE = ("dp3", "dp2-pp2", "dp2-pp2-tp2")  # meshes on which `make test` tries every ZeRO
-SLOW = pytest.mark.slow
+LONG, SLOW = pytest.mark.long, pytest.mark.slow
 
 
 def _ranks(degrees: dict[str, Any]) -> int:
@@ -63,8 +63,9 @@ def _cases() -> list:
         often = depth == (row + column) % len(SCHEDULES) if "pp" in mesh else schedule == "1f1b"
         often = often and (mesh in WHOLE or zero in ("zero1", "zero3-microbatch"))
         turn += often
+        quick = _ranks(MESHES[mesh]) < 8 or zero in ("zero1", "zero3-microbatch")
         for place, model in enumerate(MODELS):
-            marks = () if often and place == turn % len(MODELS) else (SLOW,)
+            marks = (SLOW,) if not often or place != turn % len(MODELS) else () if quick else (LONG,)
             cases.append(pytest.param(mesh, zero, schedule, model, marks=marks, id=f"{mesh}-{zero}-{schedule}-{model}"))
     return cases
 
@@ -141,7 +142,7 @@ def test_weights_of_a_stage_that_stay_for_a_step_compute_the_same(mesh: str, mod
 @pytest.mark.parametrize(
     ("mesh", "zero", "model", "train"),
     [
-        ("dp2-pp2", STAY, "gpt2-tied", {}),
+        pytest.param("dp2-pp2", STAY, "gpt2-tied", {}, marks=LONG),
         pytest.param("dp2", 2, "llama-untied", {"recompute": "full"}, marks=pytest.mark.slow),
         pytest.param("dp2-pp2", 1, "bert", {"schedule": "interleaved", "layers": 4}, marks=pytest.mark.slow),
     ],

@@ -34,6 +34,7 @@ def test_a_sweep_measures_what_runs_and_keeps_what_failed(
     assert said.count("measured before") == 2
 
 
+@pytest.mark.long
 def test_links_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = _run(["bench", "network", "--ranks", "2", "--output", str(tmp_path)], capsys)
     found = json.loads((tmp_path / "network.json").read_text())

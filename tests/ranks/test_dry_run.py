@@ -95,7 +95,9 @@ def test_no_bucket_is_made_at_the_start_that_nobody_fills(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("schedule", "pp", "states"),
     [
-        ("interleaved", 2, 15),  # of 8 microbatches, 8 outputs that were sent on, and 16 gradients sent back
+        pytest.param(
+            "interleaved", 2, 15, marks=pytest.mark.long
+        ),  # of 8 microbatches, 8 outputs that were sent on, and 16 gradients sent back
         ("1f1b", 3, 2),  # one of the first outputs, and the gradient that was sent last
     ],
 )
@@ -111,6 +113,7 @@ def test_torch_keeps_what_was_sent(monkeypatch: pytest.MonkeyPatch, schedule: st
     assert theirs.peak["cpu"] - ours.peak["cpu"] >= states * hidden
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["full", "selective"])
 def test_torch_keeps_weights_of_a_layer_that_runs_again(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """If this fails, `_weights_as_they_are` in parallel/recompute.py is no longer needed."""

@@ -88,7 +88,7 @@ def _watched(*, live: int, ahead: int, steps: int = 3, forwards: bool = False, a
     return launch.run_ranks(4, work, warm=("megalite.engine",))
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("gpipe", marks=pytest.mark.long)])
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 def test_what_stays_is_gathered_once_a_step_and_the_rest_stays_below_the_limit(schedule: str, recompute: str) -> None:
     live, ahead = 30_000, 8_000

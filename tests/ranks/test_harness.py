@@ -32,6 +32,7 @@ def gpt(tmp_path_factory) -> Path:
     return make_start(tmp_path_factory.mktemp("start") / "gpt", "gpt", style="llama")
 
 
+@pytest.mark.long
 def test_bits_a_byte_are_those_of_the_exported_model(gpt: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     (tmp_path / "toy.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))

@@ -20,7 +20,9 @@ OFTEN = {("gpt-7b", 5), ("bert-large", 4)}  # both kinds of model on the largest
 
 def _cases() -> list:
     return [
-        pytest.param(recipe, flags, marks=() if (recipe, number) in OFTEN else (pytest.mark.slow,), id=f"{recipe}-{'-'.join(flags)}")
+        pytest.param(
+            recipe, flags, marks=pytest.mark.long if (recipe, number) in OFTEN else pytest.mark.slow, id=f"{recipe}-{'-'.join(flags)}"
+        )
         for recipe in config.recipes()
         for number, flags in enumerate(MESHES)
     ]

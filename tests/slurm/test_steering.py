@@ -24,6 +24,7 @@ sys.exit(health.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.takes(145)
 def test_an_array_of_four_rows_gives_a_table_in_which_one_has_failed(cluster: Cluster) -> None:
     rows = [{"optimizer.lr": 1e-3}, {"optimizer.lr": 1e-2}, {"checkpoint.resume": "no/such/checkpoint"}, {"mesh.dp": 3}]
@@ -43,6 +44,7 @@ def test_an_array_of_four_rows_gives_a_table_in_which_one_has_failed(cluster: Cl
     assert (cluster.folder / "runs/rates/results.txt").read_text().splitlines() == table
 
 
+@pytest.mark.long
 @pytest.mark.takes(90)
 def test_layouts_are_measured_as_jobs_of_their_own_and_one_that_cannot_run_is_a_row(cluster: Cluster) -> None:
     flags = {"model.vocab": 64, "mesh.pp": 1, "mesh.tp": 1, "train.global_batch": 4, "train.micro_batch": 1, "deepspeed": "zero2"}
@@ -56,6 +58,7 @@ def test_layouts_are_measured_as_jobs_of_their_own_and_one_that_cannot_run_is_a_
     assert bad["status"] == "refused" and "dp*pp*tp = 3*1*1 = 3, but 4 ranks" in bad["reason"], said
 
 
+@pytest.mark.long
 @pytest.mark.takes(150)
 def test_a_chain_prepares_trains_on_what_was_prepared_judges_and_exports_it(cluster: Cluster) -> None:
     text = cluster.folder / "text.txt"
@@ -113,6 +116,7 @@ def test_files_save_raise_the_log_level_and_stop_a_run_that_passed_the_check_of_
     assert re.search(rf"runs/steered +{job} +stopped", cluster.megalite("jobs", "runs/steered"))
 
 
+@pytest.mark.long
 @pytest.mark.takes(140)
 def test_a_node_that_fails_its_check_is_named_excluded_and_the_job_goes_on_without_it(cluster: Cluster) -> None:
     """A node with another megalite: its check of the code differs. The batch script's own node is right by definition."""

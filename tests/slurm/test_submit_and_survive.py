@@ -109,6 +109,7 @@ def test_a_run_goes_on_after_a_killed_rank_a_hung_one_a_cut_network_and_a_crashe
         _wait_for_all_nodes(cluster)
 
 
+@pytest.mark.long
 @pytest.mark.takes(65)
 def test_a_run_goes_on_after_the_node_of_its_batch_script_crashed(cluster: Cluster, whole: Path) -> None:
     """With a spare the job outlives a node, so SLURM would not requeue it: a step on another node does."""
@@ -125,6 +126,7 @@ def test_a_run_goes_on_after_the_node_of_its_batch_script_crashed(cluster: Clust
     _same_end(cluster, "headless", whole)
 
 
+@pytest.mark.long
 @pytest.mark.takes(50)
 def test_without_a_spare_a_run_goes_on_with_fewer_nodes(cluster: Cluster, whole: Path) -> None:
     """Where the site says that one node will do: on another mesh, so the numbers agree, and the bits do not."""

@@ -151,6 +151,30 @@ def test_flags_of_the_run_are_kept() -> None:
     assert set(found.tp.tolist()) == {2} and set(found.recompute.tolist()) == {2}
 
 
+def test_zero_bubble_fills_the_bubble_with_gradients_of_weights() -> None:
+    """Two of three passes over products are in it, and none of attention; four where blocks are computed again."""
+    config = settings.load("gpt-1.3b", overrides={"model": {"layers": 22}})
+    shape, given = Shape.of(config), {"dp": 1, "tp": 1, "pp": 8, "micro": 8, "batch": 512}
+    found = Layouts.of(**given, schedule=[0, 4, 0, 4], recompute=[0, 0, 2, 2])
+    ours, on = runtime.find("megalite", kind="h100"), cluster.find("1x8xH100")
+    ranks = split(shape, found, ours.rule)
+    idle = speed.step_time(shape, found, ranks, cluster=on, runtime=ours)["bubble"]
+    once = speed.one_pass(shape, found, on, ours)
+    blocks = 22 - ranks.blocks[(ranks.blocks + 2 * ranks.head).argmax(axis=0), range(4)]
+    assert idle[0] - idle[1] == pytest.approx(2 / 3 * (blocks * once.block["matmul"])[0])
+    assert idle[2] - idle[3] == pytest.approx(2 / 4 * (blocks * once.block["matmul"])[2])
+    assert idle[0] / 3 < idle[1] < 0.7 * idle[0] and idle[2] / 2 < idle[3] < 0.8 * idle[2]
+
+
+def test_zero_bubble_with_several_chunks_is_in_no_account() -> None:
+    overrides = {"train": {"schedule": "zerobubble", "chunks": 2}}
+    with pytest.raises(UserError, match=r"zerobubble with 2 chunks .* megalite train --dry-run"):
+        choices.pins(overrides, settings.load("gpt-1.3b", overrides=overrides))
+    with pytest.raises(UserError, match="zerobubble with 3 chunks"):
+        choices.read("dp2 pp4 zero1 micro1 zerobubble3", batch=64, world=8)
+    assert choices.say(choices.read("dp2 pp4 zero1 micro1 zerobubble", batch=64, world=8).row(0)) == "dp2 pp4 zero1 micro1 zerobubble"
+
+
 def test_settings_that_are_not_counted_are_named() -> None:
     assert tuning.left_out(settings.load("gpt-1.3b")) == []
     (said,) = tuning.left_out(settings.load("gpt-1.3b", overrides={"model": {"dropout": 0.1}, "train": {"loss_pieces": 8}}))

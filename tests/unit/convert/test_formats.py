@@ -309,6 +309,7 @@ print(most - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_few_tensors_are_in_memory_whatever_the_size(tmp_path: Path) -> None:
     """A model of 290 MB whose largest tensor has 8 MB."""

@@ -14,12 +14,18 @@ pytestmark = pytest.mark.timeout(900)  # all suites are one test here
 
 FOLDER = Path(__file__).parent / "interpreted"
 # suite -> at least so many cases; halves of about the same length
-HALVES = ({"test_masks.py": 45, "test_operators.py": 10, "test_rows.py": 25}, {"test_features.py": 50, "test_training.py": 3})
+HALVES = ({"test_masks.py": 20, "test_operators.py": 8, "test_rows.py": 25}, {"test_features.py": 20, "test_training.py": 2})
+MORE = ({"test_masks.py": 20, "test_operators.py": 2}, {"test_features.py": 25, "test_training.py": 1})
 REST = ({"test_masks.py": 135}, {"test_features.py": 20, "test_operators.py": 1})
 
 
 @pytest.mark.parametrize(
-    ("which", "halves"), [("not slow", HALVES), pytest.param("slow", REST, marks=pytest.mark.slow)], ids=["most", "the rest"]
+    ("which", "halves"),
+    [
+        pytest.param("not slow and not long", HALVES, id="most"),
+        pytest.param("long and not slow", MORE, marks=pytest.mark.long, id="more"),
+        pytest.param("slow", REST, marks=pytest.mark.slow, id="the rest"),
+    ],
 )
 def test_the_kernels_are_right_in_the_interpreter(which: str, halves: tuple[dict[str, int], ...]) -> None:
     # -vv: a line a case; pyproject's -q takes one v away

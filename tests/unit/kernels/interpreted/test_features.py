@@ -14,8 +14,8 @@ from megalite_kernels.tables import Tile
 from oracle import grid, judge
 from torch import Tensor
 
-SLOW = pytest.mark.slow
-FORMS = pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+LONG, SLOW = pytest.mark.long, pytest.mark.slow
+FORMS = pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=LONG)], ids=["fast", "deterministic"])
 
 
 def _inputs(rows: int, keys: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -30,7 +30,7 @@ def _causal(rows: int, keys: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("causal", "deterministic"),
-    [(False, True), (True, False), *(pytest.param(both, both, marks=pytest.mark.slow) for both in (False, True))],
+    [(True, False), pytest.param(False, True, marks=LONG), *(pytest.param(both, both, marks=SLOW) for both in (False, True))],
 )
 @pytest.mark.parametrize(
     "features", [c for n in (1, 2, 4) for c in itertools.combinations(("softcap", "sink", "dropout", "dlse"), n)], ids="+".join
@@ -95,7 +95,9 @@ def test_strides_are_read_in_place(how: str, deterministic: bool) -> None:
 @pytest.mark.usefixtures("descriptor_sums")
 @FORMS
 @pytest.mark.parametrize("spans", [False, True], ids=["band", "spans"])
-@pytest.mark.parametrize("layout", [pytest.param("contiguous", marks=SLOW), "fused projection", "no descriptor can read it"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param("contiguous", marks=SLOW), "fused projection", pytest.param("no descriptor can read it", marks=LONG)]
+)
 def test_tiles_loaded_by_descriptor_give_the_same_bits(layout: str, spans: bool, deterministic: bool) -> None:
     """Two sequences of 70 rows: tiles of 64 run over the end of the first into the second."""
     torch.manual_seed(11)
@@ -119,7 +121,12 @@ def test_tiles_loaded_by_descriptor_give_the_same_bits(layout: str, spans: bool,
 
 
 @pytest.mark.parametrize(
-    "rows, keys", [(16, 16), (64, 16), (32, 128), *(pytest.param(*tile, marks=SLOW) for tile in ((16, 64), (128, 32)))]
+    "rows, keys",
+    [
+        (16, 16),
+        *(pytest.param(*tile, marks=LONG) for tile in ((64, 16), (32, 128))),
+        *(pytest.param(*tile, marks=SLOW) for tile in ((16, 64), (128, 32))),
+    ],
 )
 def test_no_result_hangs_on_the_tile(rows: int, keys: int) -> None:
     torch.manual_seed(rows)

@@ -89,7 +89,7 @@ def test_dropout_is_the_same_when_a_checkpoint_runs_again() -> None:
         assert torch.equal(plain, again)
 
 
-@pytest.mark.parametrize("features", ["plain", "spans", "sink and dropout"])
+@pytest.mark.parametrize("features", ["spans", *(pytest.param(name, marks=pytest.mark.long) for name in ("plain", "sink and dropout"))])
 def test_opcheck_finds_nothing(features: str) -> None:
     q, k, v = _inputs()
     spans = SPANS if features == "spans" else (None,) * 4
