@@ -63,6 +63,7 @@ class _Halved(Account):
         found["activations"] = found["activations"] + late
         forth = {**found, "working": self.forth}
         yield "deep", forth, np.where(there & (alive.top == 0), total(forth), -np.inf)
+        found["activations"] = found["activations"] - self.normed  # a norm at the block's end has gone back
         work = self.hidden + self.computed + self._at_work(self.goes * (self.num * self.block - self.matrices[0] > self.ahead))
         received = self.hidden * (alive.top == 0) * (self.normed == 0)  # is counted there, and the gradient that the first block works with
         first = {**found, "working": work - received, "gathered": self._to_the_end(found["gathered"], units - 1, self.num * self.block)}
