@@ -43,6 +43,7 @@ LAYOUTS: dict[str, tuple[dict[str, int], int, str]] = {  # name -> degrees, ZeRO
     "dp3 pp2 zero3": ({"dp": 3, "pp": 2}, 3, "1f1b"),
     "dp2 tp2 zero0": ({"dp": 2, "tp": 2}, 0, "1f1b"),
     "pp2 interleaved zero2": ({"dp": 2, "pp": 2}, 2, "interleaved"),
+    "pp2 zerobubble zero3": ({"dp": 2, "pp": 2}, 3, "zerobubble"),
     "dp2 cp2 zero3": ({"dp": 2, "cp": 2}, 3, "1f1b"),
     "dp2 zero2 offloaded": ({"dp": 2}, 2, "1f1b"),
     "dp2 pp2 zero3 offloaded": ({"dp": 2, "pp": 2}, 3, "1f1b"),
@@ -143,7 +144,7 @@ def _check(model: str, sources: list[str], targets: list[str], folder: Path, *, 
 
 @pytest.mark.slow
 def test_what_is_offloaded_is_saved_and_loaded_like_anything_else(tmp_path: Path) -> None:
-    chosen = ["pp2 interleaved zero2", "dp2 pp2 zero3 offloaded", "dp2 tp2 zero3 on disk"]
+    chosen = ["pp2 interleaved zero2", "pp2 zerobubble zero3", "dp2 pp2 zero3 offloaded", "dp2 tp2 zero3 on disk"]
     _check("gpt2, tied", chosen, chosen, tmp_path, steps=2)
 
 

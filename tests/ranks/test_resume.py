@@ -33,7 +33,9 @@ def test_killed_and_resumed_equals_never_stopped_bit_for_bit(shard: str, tmp_pat
     same_bits(broken / f"checkpoints/step-{STEPS}", whole / f"checkpoints/step-{STEPS}")
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("interleaved", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "schedule", ["1f1b", *(pytest.param(schedule, marks=pytest.mark.slow) for schedule in ("interleaved", "zerobubble"))]
+)
 def test_validating_and_saving_changes_nothing(schedule: str, shard: str, tmp_path: Path) -> None:
     run_file = make_run(tmp_path, shard)
     document = yaml.safe_load(run_file.read_text())
