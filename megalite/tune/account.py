@@ -20,7 +20,8 @@ from megalite.tune.layouts import Array, Layouts
 from megalite.tune.runtime import Runtime
 from megalite.tune.shape import Shape
 from megalite.tune.sizes import Parts, Sizes
-from megalite.tune.splits import Alive, Split, flying
+from megalite.tune.splits import Split, flying
+from megalite.tune.turns import Alive
 
 Moment = tuple[str, Parts, Array]
 

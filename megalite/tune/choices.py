@@ -11,7 +11,7 @@ from typing import Any
 from megalite.config import CHUNKED, Config, Mesh
 from megalite.errors import UserError
 from megalite.fit import resolve_mesh
-from megalite.tune.layouts import BUCKETS, OFFLOAD, RECOMPUTE, REDUCE, SCHEDULES, ZERO_BUBBLE, Layouts
+from megalite.tune.layouts import BUCKETS, OFFLOAD, RECOMPUTE, REDUCE, SCHEDULES, Layouts
 
 NUMBERS = {"dp": "dp", "tp": "tp", "pp": "pp", "cp": "cp", "zero": "stage", "micro": "micro", "bucket": "bucket", "live": "live"}
 PINS = {
@@ -22,8 +22,7 @@ CHOICES = {"schedule": SCHEDULES, "recompute": RECOMPUTE, "reduce": REDUCE, "off
 
 
 def pins(overrides: dict[str, Any], config: Config) -> dict[str, int]:
-    """Settings that the command line names are kept; the search goes over the rest. Raises UserError for what it does not know."""
-    _check_chunks(config.train.schedule, config.num_chunks)
+    """Settings that the command line names are kept; the search goes over the rest."""
     found = {}
     for path, column in PINS.items():
         section, leaf = path.split(".")
@@ -32,14 +31,6 @@ def pins(overrides: dict[str, Any], config: Config) -> dict[str, int]:
             if value is not None:
                 found[column] = CHOICES[column].index(value) if column in CHOICES else int(value)
     return found
-
-
-def _check_chunks(schedule: str, chunks: int) -> None:
-    if schedule == SCHEDULES[ZERO_BUBBLE] and chunks > 1:
-        raise UserError(
-            f"zerobubble with {chunks} chunks of layers a rank is in no account of memory, only with one; leave the chunks out, or ask the "
-            "real engine: megalite train --dry-run"
-        )
 
 
 def read(words: str, *, batch: int, world: int) -> Layouts:
@@ -64,7 +55,6 @@ def read(words: str, *, batch: int, world: int) -> Layouts:
         else:
             known = ", ".join([*(f"{name}N" for name in NUMBERS), *SCHEDULES, *RECOMPUTE, "sp", "step", "offload", "offload-parameters"])
             raise UserError(f"--explain: {word!r} is no part of a layout; write for instance dp8 tp4 zero3 micro2, from {known}")
-    _check_chunks(SCHEDULES[found.get("schedule", 0)], found.get("chunks", 1))
     found.setdefault("dp", max(1, world // (found["tp"] * found["pp"] * found["cp"])))
     return Layouts.of(**found)
 

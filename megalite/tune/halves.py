@@ -1,4 +1,4 @@
-"""The account of our engine's memory where backward passes are halved (parallel/later.py): zero-bubble schedules, one chunk a rank.
+"""The account of our engine's memory where backward passes are halved (parallel/later.py): zero-bubble schedules.
 
 In: a shape, layouts with their stage splits, a runtime.  Out: moments, as from account.py. Rank r has, when a microbatch goes back,
 activations of p - r of them, and for r more of them what their weights' gradients will be made of (Qi et al. 2023, arXiv:2401.10241):
@@ -18,14 +18,23 @@ from megalite.tune.account import Account, Moment, total
 from megalite.tune.layouts import Array, Layouts
 from megalite.tune.runtime import Runtime
 from megalite.tune.shape import Shape
-from megalite.tune.splits import Split, flying
+from megalite.tune.splits import Split, halfway
+from megalite.tune.turns import Halved
 
 
 def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> Iterator[Moment]:
-    account = _Halved(shape, layouts, split, runtime, flying(layouts, split))
+    alive = halfway(layouts, split)
+    account = _Halved(shape, layouts, split, runtime, {**alive})
     yield account.start()
-    yield from account.first_half()
-    yield from account.second_half()
+    name, found, _ = account.turn(alive["turn"])
+    found["activations"] = found["activations"] + account.waiting(alive["turn"])
+    yield name, found, total(found)
+    several = (layouts.chunks > 1).any()  # else these states are all one
+    for state in ("deep", "next")[: 1 + several]:
+        yield from account.first_half(alive[state])
+    yield account.end(alive["end"])
+    for state in ("rest", "most")[: 1 + several]:
+        yield from account.second_half(alive[state])
 
 
 class _Halved(Account):
@@ -33,66 +42,76 @@ class _Halved(Account):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.num = self.split.blocks
+        self.one = self.layouts.chunks == 1
+        self.follows = self.at_end
+        if self.one.any():
+            self.follows = self.gathered(replace(self.state["end"], summed=0.0 * self.at_end), closing=True)
         self.uncut = np.where(self.cut, self.whole, 0.0)  # a gradient of what a row put out, where that was scattered
-        rows = np.where(self.cut, 2 * self.whole, 2 * self.hidden)
-        self.late = 2 * self.hidden + rows + self.row * (self.columns + self.heads + self.wide + self.f)
-        # the embedding's gradient is on its way until a bucket of the blocks is sent; the head's makes room for its norm's
-        self.ends = self.words * self.split.embed
+        row = np.where(self.cut, self.whole, self.hidden)
+        self.late = 2 * (self.hidden + row) + self.row * (self.columns + self.heads + self.wide + self.f)
+        self.work = self._at_work()
+        # let go with a product, once its weight's gradient is in a bucket: with the MLP's last one, and with the last of all
+        self.down, self.up, _, self.qkv = (self.width * matrix for matrix in self.matrices)
+        self.freed, self.left = self.row * self.f + row, self.hidden + self.row * self.columns
+        # a column's input is gathered again, as parts from all ranks and in order
+        self.second = np.maximum(self.up, self.uncut) + self.uncut - self.freed
 
-    def first_half(self) -> Iterator[Moment]:
-        """Where most go back, and where most wait, which is another time if there are fewer microbatches than ranks."""
-        m, place, most = self.layouts.microbatches, self.split.place, self.state["deep"].units
-        yield from self._goes_back(most, np.minimum(place, m - most))
-        if np.any(m < self.layouts.pp):
-            waits = np.minimum(place, m - 1.0)
-            yield from self._goes_back(np.minimum(m - waits, self.layouts.pp - place), waits)
-
-    def _goes_back(self, units: Array, waits: Array) -> Iterator[Moment]:
-        """The head; the last block on its way forward; the first and the last block on their way back; the embedding. `units` microbatches
-        are there, this one included, and `waits` others are done but for their weights' gradients.
+    def waiting(self, alive: Halved) -> Array:
+        """Of passes of which the second half is to come; and the gradient that a last rank has sent on. With one chunk it is let go with
+        the next, for that is the next transfer.
         """
-        split = self.split
-        alive = replace(self.state["deep"], blocks=units * self.num, units=units, heads=units * split.head, embeds=units * split.embed)
-        # the gradient that a last rank has sent on is let go with its next transfer, which is the next gradient
-        late, there = waits * self.num * self.late + (waits > 0) * split.head * self.hidden, self.num > 0
-        name, found, _ = self.turn(alive)
-        found["activations"] = found["activations"] + late
-        yield name, found, total(found)
-        found = self.held(alive)
-        found["activations"] = found["activations"] + late
-        forth = {**found, "working": self.forth}
-        yield "deep", forth, np.where(there & (alive.top == 0), total(forth), -np.inf)
-        found["activations"] = found["activations"] - self.normed  # a norm at the block's end has gone back
-        work = self.hidden + self.computed + self._at_work(self.goes * (self.num * self.block - self.matrices[0] > self.ahead))
-        received = self.hidden * (alive.top == 0) * (self.normed == 0)  # is counted there, and the gradient that the first block works with
-        first = {**found, "working": work - received, "gathered": self._to_the_end(found["gathered"], units - 1, self.num * self.block)}
-        yield "deep", first, np.where(there, total(first), -np.inf)
-        kept = received * ~self.cut  # as the gradient of what the first block's last row put out
-        changed = (self.num - 1.0) * (self.late - self.kept) - kept
-        last = {**found, "activations": found["activations"] + changed, "working": self.hidden + self.computed + self._at_work(self.goes)}
-        last["gathered"] = self._to_the_end(found["gathered"], units - 1, self.block)
-        yield "deep", last, np.where(self.num > 1, total(last), -np.inf)
-        end = {**self.held(alive, closing=True), "gathered": self._next(units - 1)}
-        end["activations"] = end["activations"] + late + self.num * (self.late - self.kept) - kept * there
-        end["working"] = np.where(alive.bottom * self.cut, self.whole, self.hidden) + alive.bottom * self.width * self.words
-        end["buckets"] = end["buckets"] + alive.bottom * self.moved * self.shape.positions * self.shape.width
-        yield "end", end, total(end)
+        sent = (self.layouts.microbatches > 1) & self.one
+        return alive.late * self.late + sent * self.split.head * self.hidden
 
-    def _next(self, left: Array) -> Array:
-        """Weights of ZeRO-3 when a microbatch has gone back; if others are `left`, a time comes when the next one follows at once."""
-        there = np.where(left > 0, self.gathered(replace(self.state["end"], summed=0.0 * left), closing=True), self.at_end)
-        return self._to_the_end(there, left, 0.0)
+    def first_half(self, alive: Halved) -> Iterator[Moment]:
+        """The last block of a chunk on its way forward; the first and the last block on their way back."""
+        found, num = self.held(alive), alive.chunk
+        found["activations"] = found["activations"] + self.waiting(alive)
+        held = total(found)
 
-    def _to_the_end(self, gathered: Array, left: Array, elements: Array | float) -> Array:
+        def moment(there: Array, grown: Array, working: Array, gathered: Array) -> Moment:
+            parts = {**found, "activations": found["activations"] + grown, "working": working, "gathered": gathered}
+            return "deep", parts, np.where(there, held + grown + working + gathered - found["gathered"], -np.inf)
+
+        yield moment((num > 0) & (alive.top == 0), 0.0 * num, self.forth, found["gathered"])
+        goes = self.goes * (num * self.block - self.matrices[0] > self.ahead)
+        received, kept = self._received(alive)
+        work, last = self.hidden + self.computed + self.work, alive.units - 1
+        # a norm at the block's end has gone back
+        yield moment(num > 0, -self.normed, work - goes - received, self._to_the_end(alive, found["gathered"], last, num * self.block))
+        changed = (num - 1.0) * (self.late - self.kept) - kept - self.normed
+        yield moment(num > 1, changed, work - self.goes, self._to_the_end(alive, found["gathered"], last, self.block))
+
+    def _received(self, alive: Halved) -> tuple[Array, Array]:
+        """The gradient that a chunk has received, which is counted there: its first block works with that one, unless a norm follows; and
+        keeps it as that of what its last row put out, unless that is gathered.
+        """
+        received = self.hidden * (alive.top == 0) * (self.normed == 0)
+        return received, received * ~self.cut
+
+    def end(self, alive: Halved) -> Moment:
+        """A chunk has gone back; the embedding is the very last."""
+        found, num = {**self.held(alive, closing=True), "gathered": self._next(alive, alive.units - 1)}, alive.chunk
+        _, kept = self._received(alive)
+        found["activations"] = found["activations"] + self.waiting(alive) + num * (self.late - self.kept) - kept * (num > 0)
+        found["working"] = np.where(alive.bottom * self.cut, self.whole, self.hidden) + alive.bottom * self.width * self.words
+        found["buckets"] = found["buckets"] + alive.bottom * self.moved * self.shape.positions * self.shape.width
+        return "end", found, total(found)
+
+    def _next(self, alive: Halved, left: Array) -> Array:
+        """Weights of ZeRO-3 when a microbatch has gone back; with one chunk, if others are `left`, a time comes when the next one follows
+        at once.
+        """
+        return self._to_the_end(alive, np.where((left > 0) & self.one, self.follows, self.at_end), left, 0.0)
+
+    def _to_the_end(self, alive: Halved, gathered: Array, left: Array, elements: Array | float) -> Array:
         """Where these are the last that are used in a step, nothing else is fetched ahead of its use."""
-        ends = (left <= 0) & (self.layouts.microbatches <= self.split.place + 1) & ~self.stay
+        ends = (left <= 0) & ~self.stay & np.where(self.one, self.layouts.microbatches <= self.split.place + 1, alive.next_forward == 0)
         return np.where(ends, np.minimum(gathered, self.gathers * (self.lasting + elements)), gathered)
 
-    def _at_work(self, goes: Array) -> Array:
+    def _at_work(self) -> Array:
         """The most that a block needs at once beside what it has kept: between the MLP's products; the gradient of a column's input and its
-        sum over ranks; those of queries, keys and values on their way to other ranks, side by side, by rank, and as they arrive. The
-        last product's weight `goes` when its input has a gradient.
+        sum over ranks; those of queries, keys and values on their way to other ranks, side by side, by rank, and as they arrive.
         """
         between = self.uncut + self.row * (self.f + self.wide) + (self.width - 1.0) * self.dropped
         gone = self.row * np.where(self.shape.gated, self.f, 0.0)
@@ -100,41 +119,41 @@ class _Halved(Account):
         summed = (self.layouts.tp > 1) * (np.where(self.cut, 4 * self.whole, 2 * self.whole) - mixed)
         grown = 2 * self.uncut - self.hidden * self.cut - mixed
         sent = (self.layouts.cp > 1) * (grown + 3.0 * self.row * self.columns)
-        return np.maximum(between, np.maximum(summed, sent) - gone) - goes
+        return np.maximum(between, np.maximum(summed, sent) - gone)
 
-    def second_half(self) -> Iterator[Moment]:
+    def second_half(self, alive: Halved) -> Iterator[Moment]:
         """The first bucket's first gradients, and the second's while the first is on its way."""
-        layouts, split, w = self.layouts, self.split, self.width
-        m = layouts.microbatches
-        pending = np.minimum(split.place + 1.0, m)
-        flying = np.clip(m - pending, 0, layouts.pp - split.place - 1.0)
-        found = dict(self.always)
-        found["activations"] = flying * (self.num * self.kept + self.hidden + split.embed * (self.normed + self.dropped))
-        found["activations"] = found["activations"] + flying * split.head * self.head + pending * self.num * self.late
-        found["activations"] = found["activations"] + self.hidden * (split.place > 0)  # the gradient that was sent on
-        found["gathered"] = self._next(flying)
-        there = self.num > 0
-        num = np.minimum(self.per, self.num)
-        rest = np.minimum(self.per, self.num - num)
-        down, up, _, columns = (w * matrix for matrix in self.matrices)
-        ends, full, again = self.moved * self.ends, self.moved * self.dense * num, self.moved * self.dense * rest
+        found, large = dict(self.always), self.large
+        sent = 1 - alive.bottom  # the gradient that was sent on
+        found["activations"] = (
+            alive.blocks * self.kept
+            + (alive.units + alive.waiting + sent) * self.hidden
+            + alive.heads * self.head
+            + alive.embeds * (self.normed + self.dropped)
+            + alive.late * self.late
+        )
+        found["gathered"] = self._next(alive, alive.units)
+        held, there = total(found), alive.chunk > 0
+        num = np.minimum(self.per, alive.chunk)
+        rest = np.minimum(self.per, alive.chunk - num)
+        # the embedding's gradient is on its way until a bucket of the blocks is sent; the head's makes room for its norm's
+        words = self.words * alive.bottom
+        ends, full, again = self.moved * words, self.moved * self.dense * num, self.moved * self.dense * rest
 
         def moment(there: Array, gone: Array, buckets: Array, working: Array) -> Moment:
             parts = {**found, "activations": found["activations"] - gone, "buckets": buckets, "working": working}
-            return "reduction", parts, np.where(there, total(parts), -np.inf)
+            return "reduction", parts, np.where(there, held - gone + buckets + working, -np.inf)
 
-        # a product's input and gradient are let go when its weight's gradient is in a bucket; a column's input is gathered for it
-        freed, held = self.row * self.f + np.where(self.cut, self.whole, self.hidden), self.hidden + self.row * self.columns
-        second = np.maximum(up, self.uncut) + self.uncut - freed  # parts from all ranks, and in order
-        both = np.maximum(down, second)
-        made = np.where(self.large, np.maximum(down + ends, second + self.moved * self.matrices[0]), both)
-        yield moment(there, np.zeros_like(made), np.where(self.large, 0.0, full + ends), made)
-        yield moment(~self.large & (self.moved > 0) & (num < self.num), num * self.late, full + again, both)
+        both = np.maximum(self.down, self.second)
+        made = np.where(large, np.maximum(self.down + ends, self.second + self.moved * self.matrices[0]), both)
+        yield moment(there, 0.0 * num, np.where(large, 0.0, full + ends), made)
+        yield moment(~large & (self.moved > 0) & (num < alive.chunk), num * self.late, full + again, both)
         if np.any(self.copied):  # for the host: an end's when the first bucket is full, and that one's when the second is
-            sent = np.where(self.large, down, columns)
-            gone = np.where(self.large, 0.0, num * self.late - held)
-            yield moment(there & (self.copied > 0), gone, np.where(self.large, 0.0, full) + ends, sent + self.copied * self.ends)
-            gone = np.where(self.large, freed, (num + rest) * self.late - held)
-            first = np.where(self.large, self.matrices[0], self.dense * num)
-            sent = np.where(self.large, up + down + self.uncut, columns) + self.copied * first
-            yield moment(there & (self.copied > 0), gone, np.where(self.large, 0.0, full + again), sent)
+            there = there & (self.copied > 0)
+            gone = np.where(large, 0.0, num * self.late - self.left)
+            working = np.where(large, self.down, self.qkv) + self.copied * words
+            yield moment(there, gone, np.where(large, 0.0, full) + ends, working)
+            gone = np.where(large, self.freed, (num + rest) * self.late - self.left)
+            working = np.where(large, self.up + self.down + self.uncut, self.qkv)
+            working = working + self.copied * np.where(large, self.matrices[0], self.dense * num)
+            yield moment(there, gone, np.where(large, 0.0, full + again), working)

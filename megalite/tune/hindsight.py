@@ -20,7 +20,7 @@ from megalite.config import Config, run_folder
 from megalite.ds_config import read_document
 from megalite.hardware import GIB
 from megalite.tune import cluster, memory, runtime, search, speed
-from megalite.tune.layouts import OFFLOAD, RECOMPUTE, REDUCE, SCHEDULES, ZERO_BUBBLE, Layouts
+from megalite.tune.layouts import OFFLOAD, RECOMPUTE, REDUCE, SCHEDULES, Layouts
 from megalite.tune.shape import Shape
 from megalite.tune.splits import split
 
@@ -68,8 +68,7 @@ def foretell(config: Config, document: dict[str, Any], *, device: str, gpus: int
     """`gpus` are those of a node. None where nothing can be predicted: on a CPU, on a GPU that clusters.yaml does not know, for settings
     that the closed form does not know."""
     kind = kind_of(device)
-    uncounted = config.train.schedule == SCHEDULES[ZERO_BUBBLE] and config.num_chunks > 1
-    if kind is None or uncounted or config.train.recompute_layers is not None:
+    if kind is None or config.train.recompute_layers is not None:
         return None
     gpus = min(gpus, config.mesh.world)
     machines = cluster.find(f"{max(1, config.mesh.world // gpus)}x{gpus}x{kind}")

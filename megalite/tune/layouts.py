@@ -17,7 +17,7 @@ from megalite.config import CHUNKED, Config
 
 Array = np.ndarray
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "looped", "zerobubble")
-ZERO_BUBBLE = SCHEDULES.index("zerobubble")  # with one chunk: more are in no account
+ZERO_BUBBLE = SCHEDULES.index("zerobubble")
 RECOMPUTE = ("none", "selective", "full")
 OFFLOAD = ("none", "optimizer", "parameters")
 REDUCE = ("microbatch", "step")
@@ -63,8 +63,8 @@ class Layouts:
 
     @property
     def several(self) -> Array:
-        """Whether a rank's chunks are many, by the schedule."""
-        return (self.schedule == SCHEDULES.index("interleaved")) | (self.schedule == SCHEDULES.index("looped"))
+        """Whether a rank has several chunks of layers, by turns."""
+        return (self.chunks > 1) & (self.schedule >= SCHEDULES.index("interleaved"))
 
     @property
     def once(self) -> Array:
@@ -149,7 +149,12 @@ def _choices(config: Config, mesh: dict[str, int], pinned: dict[str, int]) -> La
     schedules = [(0, 1)]
     if pp > 1:
         most = (config.model.layers + 2) // pp
-        schedules += [(1, 1), (ZERO_BUBBLE, 1), *((kind, chunks) for kind in (2, 3) for chunks in (2, 3, 4, 6, 8) if chunks <= most)]
+        chunks = [number for number in (2, 3, 4, 6, 8) if number <= most]
+        schedules += [
+            (1, 1),
+            *((kind, number) for kind in (2, 3) for number in chunks),
+            *((ZERO_BUBBLE, number) for number in (1, *chunks)),
+        ]
     # a limit that the vocabulary's weight does not fit into lets go of everything else whenever that weight is there
     words = -(-(config.model.vocab or 0) // mesh["tp"]) * config.model.width
     live_choices = LIVE if "live" in pinned else [limit for limit in LIVE if limit >= words] or LIVE[-1:]

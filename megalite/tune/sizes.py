@@ -15,7 +15,8 @@ from megalite.tune.kept import SELECTIVE, block_kept, parameters
 from megalite.tune.layouts import Array, Layouts
 from megalite.tune.runtime import Runtime
 from megalite.tune.shape import Number, Shape, ceil
-from megalite.tune.splits import INTERLEAVED, Alive, Split
+from megalite.tune.splits import INTERLEAVED, Split
+from megalite.tune.turns import Alive
 
 Parts = dict[str, Array]
 NEAR = 1e-3  # of a block, where numbers of elements are compared: norms and biases are in blocks and in no matrix

@@ -13,18 +13,20 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from megalite.tune import turns
 from megalite.tune.layouts import SCHEDULES, ZERO_BUBBLE, Array, Layouts
 from megalite.tune.shape import Shape
+from megalite.tune.turns import HALVED, STATES, Alive, Halved
 
 WIDE = 6
 INTERLEAVED = SCHEDULES.index("interleaved")
 ROUNDS = 3  # of microbatches that are followed; what is in flight is not more in later ones
-STATES = ("turn", "deep", "next", "end")
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,6 @@ class Split:
 
     def take(self, rows: Any) -> Split:
         return Split(self.blocks[:, rows], self.embed[:, rows], self.head[:, rows], self.place[:, rows], self.pipeline[rows], self.chunks)
-
-
-@dataclass(frozen=True)
-class Alive:
-    """What a rank holds when a chunk of its layers begins its way back, (kinds, n) each; ones and zeros say yes and no."""
-
-    blocks: Array  # with activations, once a microbatch
-    units: Array  # chunks, once a microbatch
-    heads: Array  # those of them with the head
-    embeds: Array  # and with the embedding
-    chunk: Array  # blocks of the one that goes back
-    behind: Array  # blocks of the chunks behind that one
-    top: Array  # it has the head
-    bottom: Array  # it has the embedding
-    waiting: Array  # hidden states that were received: its gradient, and inputs and gradients of others that came early
-    summed: Array  # blocks have been back before in this step
-    next_forward: Array  # its next chunk goes forward, which is 2 with the embedding; 0: it goes back, or there is one chunk
 
 
 Kind = tuple[int, int, int, int, tuple[int, ...]]  # blocks, embed, head, place, blocks of each chunk
@@ -114,15 +99,28 @@ def _named(states: Any) -> dict[str, Alive]:
     return {name: Alive(*state) for name, state in zip(STATES, np.asarray(states, dtype=np.float32), strict=True)}
 
 
+def halfway(layouts: Layouts, split: Split) -> dict[str, Halved]:
+    """The same where backward passes are halved; and of second halves `rest`, the fullest, and `most`, of a chunk of most blocks."""
+    many = np.maximum(1, layouts.microbatches // layouts.pp)
+    group, rounds = layouts.microbatches // many, np.minimum(many, ROUNDS)
+    found = _once(layouts, split, group, rounds, layouts.recompute, functools.partial(_follow_halved, split))
+    return {name: Halved(*state) for name, state in zip(HALVED, found, strict=True)}
+
+
 def _follow(layouts: Layouts, split: Split) -> Array:
-    """(states, fields, kinds, n) of schedules with several chunks; layouts that have the same pipeline and rounds are followed once."""
+    """(states, fields, kinds, n) of schedules with several chunks."""
     breadth = layouts.schedule > INTERLEAVED
     rounds = np.where(breadth, 1, np.maximum(1, layouts.microbatches // layouts.pp))
     group, rounds = layouts.microbatches // rounds, np.where(breadth, 0, np.minimum(rounds, ROUNDS))
     kind = 2 * (layouts.recompute == 2) + (layouts.stage == 3)
+    return _once(layouts, split, group, rounds, kind, functools.partial(_follow_whole, split))
+
+
+def _once(layouts: Layouts, split: Split, group: Array, rounds: Array, kind: Array, follow: Callable[..., Array]) -> Array:
+    """Layouts that have the same pipeline and rounds are followed once."""
     keys, back = np.unique((split.pipeline << 44) + (layouts.pp << 28) + (group << 4) + (kind << 2) + rounds, return_inverse=True)
-    table = [_followed(split, at, int(layouts.pp[at]), int(group[at]), int(rounds[at]), int(kind[at])) for at in _firsts(back, len(keys))]
-    return np.ascontiguousarray(np.stack(table, axis=-1))[..., back.ravel()]
+    table = [follow(at, int(layouts.pp[at]), (int(group[at]), int(rounds[at])), int(kind[at])) for at in _firsts(back, len(keys))]
+    return np.ascontiguousarray(np.stack(table, axis=-1), dtype=np.float32)[..., back.ravel()]
 
 
 def _firsts(back: Array, num: int) -> list[int]:
@@ -132,80 +130,25 @@ def _firsts(back: Array, num: int) -> list[int]:
     return first.tolist()
 
 
-def _followed(split: Split, row: int, pp: int, group: int, rounds: int, kind: int) -> Array:
+def _ranks(split: Split, row: int) -> Iterator[tuple[tuple[int, ...], bool, bool, int]]:
+    """Blocks of each chunk, embedding, head, place."""
+    ends = zip(split.embed[:, row], split.head[:, row], split.place[:, row], strict=True)
+    for sizes, (embed, head, place) in zip(split.chunks[split.pipeline[row]], ends, strict=True):
+        yield sizes, bool(embed), bool(head), int(place)
+
+
+def _follow_whole(split: Split, row: int, pp: int, rounds: tuple[int, int], kind: int) -> Array:
     """(states, fields, kinds)"""
-    chunks, ends = split.chunks[split.pipeline[row]], zip(split.embed[:, row], split.head[:, row], split.place[:, row], strict=True)
     ranks = [
-        _unit_by_unit(sizes, bool(embed), bool(head), pp, int(place), (group, rounds), full=kind > 1, streams=kind % 2 > 0)
-        for sizes, (embed, head, place) in zip(chunks, ends, strict=True)
+        turns.whole(sizes, embed, head, pp, place, rounds, full=kind > 1, streams=kind % 2 > 0)
+        for sizes, embed, head, place in _ranks(split, row)
     ]
     return np.array(ranks).transpose(1, 2, 0)
 
 
-@functools.lru_cache(maxsize=65536)
-def _unit_by_unit(
-    sizes: tuple[int, ...], embed: bool, head: bool, pp: int, place: int, rounds: tuple[int, int], *, full: bool, streams: bool
-) -> tuple[Any, ...]:
-    """The states of a rank with chunks of so many blocks; `rounds`: microbatches in a round, and rounds, or none if all microbatches go
-    forward through all chunks first (looped). `full`: of a block a hidden state is kept, as between chunks, and not many times that;
-    `streams`: weights come and go.
-    """
-    group, many = rounds
-    v, total = len(sizes), group * max(many, 1) * len(sizes)
-    turns, size = np.arange(total), np.asarray(sizes)
-    chunk = turns // group % v  # of each forward
-    going = v - 1 - chunk  # of each backward
-    started = np.minimum((v - 1) * group + 2 * (pp - place - 1) + 1 + turns, total) if many else np.full(total, total)
-
-    def alive(forward: Array, backward: Array) -> Array:
-        return _sums(forward)[started] - _sums(backward)[:-1]
-
-    top, bottom = (going == v - 1) * head, (going == 0) * embed
-    blocks, units = alive(size[chunk], size[going]), started - turns
-    heads, embeds = alive((chunk == v - 1) * head, top), alive((chunk == 0) * embed, bottom)
-    summed = np.concatenate([[False], np.logical_or.accumulate(size[going] > 0)[:-1]])
-    inputs, grads = _early(v, pp, place, group, total) if many else (0, max(group - pp + 1, 1) if place == pp - 1 else 1)
-    ahead = _sums(1 - (chunk == 0) * embed)
-    waiting = ahead[np.minimum(started + inputs, total)] - ahead[started]
-    grads = grads + (turns < group - 1) * (bool(many) & (place == pp - 2) & (group < pp))  # such a rank waits once, and is behind then
-    ahead = _sums(1 - top)
-    waiting = waiting + ahead[np.minimum(turns + grads, total)] - ahead[turns]
-    behind = size[::-1].cumsum()[::-1] - size
-    next_forward = (started < total) * (1 + (np.append(chunk, 1)[started] == 0) * embed)
-    fields = [blocks, units, heads, embeds, size[going], behind[going], top, bottom, waiting, summed, next_forward]
-    held = units + waiting
-    weight = blocks + held if full else blocks * 2 * (total + 1) + held
-    # an embedding is in the way of what would be fetched ahead; most of it where a forward is near
-    fetched = ((next_forward == 1) * (max(sizes) - size[going]) + (next_forward < 2)) * streams
-    rank = (weight * (max(sizes) + 2) + fetched) * 2 + summed
-
-    def fullest(there: Array) -> int:
-        return int(np.where(there, rank, -1).argmax())
-
-    found = [fullest(there) for there in (going == v - 1, size[going] > 0, size[going] == max(sizes))]
-    alone = head and not size[-1]
-    states = [*found, found[0] if alone else fullest(going == 0)]
-    return tuple(map(tuple, np.stack(fields).astype(float)[:, states].T.tolist()))
-
-
-def _sums(each: Array) -> Array:
-    return np.concatenate([[0], np.cumsum(each)])
-
-
-def _early(v: int, pp: int, place: int, group: int, total: int) -> tuple[int, int]:
-    """Of how many of its next forwards an interleaved rank has received the inputs when it goes back, and of how many backwards, this one
-    included, the gradients: parallel/pipeline.py, `exchanged`. (Where rounds have more microbatches than ranks, a rank may come to wait
-    that never did before; then the last one of a pipeline has up to a few gradients less.)
-    """
-
-    def begun(place: int) -> int:
-        """The step from which a rank takes turns."""
-        return max(v * pp + 2 * (pp - 1 - place), place + min((v - 1) * group + 2 * (pp - 1 - place), total))
-
-    apart = begun(0) - begun(pp - 1)  # around the corner, from the last rank to the first and back, things come a round earlier
-    inputs = apart // 2 + group - 2 * (pp - 1) if place == 0 else 1
-    grads = 1 + (2 * group - 1 - apart) // 2 if place == pp - 1 else 1
-    return max(inputs, 0), max(grads, 1)
+def _follow_halved(split: Split, row: int, pp: int, rounds: tuple[int, int], recompute: int) -> Array:
+    ranks = [turns.halved(sizes, embed, head, pp, place, rounds, recompute=recompute) for sizes, embed, head, place in _ranks(split, row)]
+    return np.array(ranks).transpose(1, 2, 0)
 
 
 def _threshold_costs(shape: Shape) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megalite.parallel.pipeline import SCHEDULES, exchanged
-from megalite.tune import splits
+from megalite.tune import splits, turns
 
 SENDS = {"SEND_F": ("RECV_F", 1), "SEND_B": ("RECV_B", -1)}
 NEEDS = {"FORWARD": ("RECV_F", -1), "FULL_BACKWARD": ("RECV_B", 1), "BACKWARD_INPUT": ("RECV_B", 1), "BACKWARD_WEIGHT": ("", 0)}
@@ -138,13 +138,43 @@ def test_what_is_in_flight_is_what_the_schedule_holds(looped: bool) -> None:
         sizes, place = (*(draw.randrange(0, 4) for _ in range(v - 1)), draw.randrange(0, 2)), draw.randrange(pp)
         group, followed = (num, 0) if looped else (num // rounds, min(rounds, splits.ROUNDS))
         ends = place == 0, place == pp - 1
-        states = splits._unit_by_unit(sizes, *ends, pp, place, (group, followed), full=False, streams=False)
+        states = turns.whole(sizes, *ends, pp, place, (group, followed), full=False, streams=False)
         turn, deep, wide, end = states
         walked = _walk(sizes, place=place, pp=pp, num=num, schedule="looped" if looped else "interleaved")
         alone = place == pp - 1 and not sizes[-1]  # a head
         pairs = [(turn, walked[0]), (wide, walked[2]), (end, walked[0 if alone else 3]), *([(deep, walked[1])] if any(sizes) else [])]
         for state, (blocks, held, summed) in pairs:
-            found = splits.Alive(*state)
+            found = turns.Alive(*state)
             assert (found.blocks, found.units + found.waiting) == (blocks, held)
             # a rank with fewer microbatches than ranks may wait behind the first backward, where it is said to be as full again
             assert found.summed == summed or (found.summed > summed and num < pp and not looped)
+
+
+def test_what_waits_for_its_second_half_is_what_the_schedule_holds() -> None:
+    """Blocks with activations, blocks whose weights wait, chunks and what was received, where a first half finds most, and a second."""
+    draw = random.Random(6)
+    for _ in range(120):
+        v, pp, num = _draw(draw, "zerobubble")
+        rounds, place = max(1, num // pp), draw.randrange(pp)
+        sizes = tuple(draw.randrange(1, 4) for _ in range(v))
+        blocks, late, chunks, received, most = 0, 0, 0, 0, {}
+        for action in exchanged(_computations(v, pp, num, "zerobubble"), v * pp)[place]:
+            size, kind = sizes[action.stage_index // pp], action.computation_type.name
+            if kind.startswith("RECV"):
+                received += 1
+            elif kind == "FORWARD":
+                blocks, chunks, received = blocks + size, chunks + 1, received - (action.stage_index > 0)
+            elif kind.startswith("BACKWARD"):
+                most[kind] = max(most.get(kind, (0, 0, 0)), (blocks + late, chunks, received))
+                if kind == "BACKWARD_INPUT":
+                    blocks, late, chunks, received = blocks - size, late + size, chunks - 1, received - (action.stage_index < v * pp - 1)
+                else:
+                    late -= size
+        ends = place == 0, place == pp - 1
+        states = turns.halved(sizes, *ends, pp, place, (num // rounds, min(rounds, splits.ROUNDS)), recompute=0)
+        first, second = turns.Halved(*states[1]), turns.Halved(*states[4])
+        for found, seen in ((first, most["BACKWARD_INPUT"]), (second, most["BACKWARD_WEIGHT"])):
+            assert (found.blocks + found.late, found.units) == seen[:2], (v, pp, num, place)
+        if num % pp == 0:  # else ranks come to wait for each other
+            assert first.waiting == most["BACKWARD_INPUT"][2], (v, pp, num, place)
+            assert abs(second.waiting - most["BACKWARD_WEIGHT"][2]) <= 1, (v, pp, num, place)
