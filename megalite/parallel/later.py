@@ -46,8 +46,7 @@ class Later:
 
     def held(self) -> Callable[[], None]:
         """What gives the sums the gradients that the last pass left out."""
-        left, self.last = self.last, deque()
-        return partial(self._catch_up, left)
+        return partial(self._catch_up, self.last)
 
     @torch.no_grad()
     def _catch_up(self, left: deque[Callable[[], None]]) -> None:

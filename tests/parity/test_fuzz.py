@@ -115,9 +115,10 @@ def _said(config: Config, document: dict[str, Any]) -> str:
     return f"{layout} {how}; {model.family} layers {model.layers} heads {model.heads}/{model.num_kv_heads} tied {model.tied}"
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(3), HALVED, *(pytest.param(seed, marks=pytest.mark.long) for seed in (*range(3, 8), HALVED + 1, HALVED + 2))]
-)
+QUICK, LONG = (*range(3), HALVED, HALVED + 4), (*range(3, 8), HALVED + 2, HALVED + 5)
+
+
+@pytest.mark.parametrize("seed", [*QUICK, *(pytest.param(seed, marks=pytest.mark.long) for seed in LONG)])
 def test_a_layout_drawn_at_random_computes_what_one_process_computes(seed: int) -> None:
     config, document = draw(seed)
     wrong = [finding for finding in findings_of(config, document) if not finding.good]

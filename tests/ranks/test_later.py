@@ -55,6 +55,31 @@ def _events(rank: int, *, config: Config, document: dict[str, Any]) -> list[str]
     return told
 
 
+def _sent(rank: int, *, config: Config, stage: int) -> tuple[int, int]:
+    """Buckets, and how often one was sent in a step."""
+    from megalite.tune.parity import batch_of, microbatches, start_engine
+
+    engine = start_engine(config, {"zero_optimization": {"stage": stage}})
+    send, times = engine.zero.sums.send, []
+
+    def counted(number: int) -> None:
+        times.append(number)
+        send(number)
+
+    engine.zero.sums.send = counted  # type: ignore[method-assign]
+    engine.step(0, microbatches(batch_of(config, 0), config, dp=2, dp_rank=engine.mesh.dp_rank))
+    return len(engine.zero.sums.buckets.every), len(times)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_bucket_is_sent_once_a_pass(stage: int) -> None:
+    """Norms and biases share one: the former have gradients in the first half, of another microbatch than the latter."""
+    train = {"global_batch": 8, "micro_batch": 1, "precision": "fp32", "schedule": "zerobubble"}
+    config = Config.model_validate({"model": MODEL, "mesh": {"dp": 2, "pp": 2}, "train": train})
+    for buckets, sent in launch.run_ranks(4, functools.partial(_sent, config=config, stage=stage), warm=("megalite.engine",)):
+        assert sent == 4 * buckets
+
+
 @pytest.mark.parametrize(("chunks", "stage"), [(1, 2), (2, 3)])
 def test_weights_wait_for_as_many_microbatches_as_there_are_ranks_before(chunks: int, stage: int) -> None:
     config = Config.model_validate(
