@@ -172,7 +172,7 @@ def _kinds(layers: int, block: float, head: float, pp: int, chunks: int, rule: s
             found.setdefault(rank[:3], rank)
         if last and not any(all(map(operator.le, rank[4], other[4])) for other in ranks[place + 1 :]):
             found[(*rank[:3], 1)] = rank
-    kinds = sorted(found.values(), key=lambda kind: (-kind[1] - kind[2], -kind[0]))[:WIDE]  # both ends, then the fullest
+    kinds = sorted(dict.fromkeys(found.values()), key=lambda kind: (-kind[1] - kind[2], -kind[0]))[:WIDE]  # both ends, then the fullest
     return sorted(kinds, key=lambda kind: kind[3])
 
 
