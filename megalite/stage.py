@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from megalite import models
+from megalite.models.batch import Batch
 from megalite.parallel.recompute import KINDS
-
-Batch = dict[str, Tensor]
 
 
 class Stage(nn.Module):

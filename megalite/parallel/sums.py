@@ -63,7 +63,7 @@ class Sums(ABC):
         gradient, parameter.grad = parameter.grad, None
         later = getattr(parameter, "later", None)  # later.py
         if gradient is None:
-            assert later is not None, "autograd came to a weight without a gradient"
+            assert later is not None and later.now is not None, "autograd came to a weight without a gradient"
             return  # the product was put off
         if later is None or not later.put_off(partial(self.add, parameter, gradient)):
             self.add(parameter, gradient)

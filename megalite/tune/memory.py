@@ -10,8 +10,7 @@ A step has a few moments that can be its fullest, and building the engine one:
     update     activations are gone, the optimizer needs room for its arithmetic
 
 What is there at each of them is an account of the engine: ours in account.py, and for zero-bubble schedules in halves.py, those of other
-runtimes in others.py. ZeRO: Rajbhandari et
-al. 2020, arXiv:1910.02054.
+runtimes in others.py. ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
 from __future__ import annotations
