@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .attention import DTYPES, why_not_triton
 
@@ -90,7 +89,7 @@ def linear_statistics(
     labels = labels.contiguous()
     if pieces == 1:
         return _OnePiece.apply(x, weight, bias, labels, first, reason is None)  # type: ignore[return-value]
-    return torch.ops.megalite.linear_statistics(x, weight, bias, labels, first, pieces, reason is None)
+    return _Pieces.apply(x, weight, bias, labels, first, pieces, reason is None)  # type: ignore[return-value]
 
 
 def _why_not(x: Tensor) -> str | None:
@@ -172,6 +171,44 @@ class _OnePiece(torch.autograd.Function):
         return dx, dweight, logits.sum(0) if ctx.biased else None, None, None, None
 
 
+class _Pieces(torch.autograd.Function):
+    """(3, n), with nothing kept of the logits: a piece of the vocabulary is let go before the next one is made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, first: int, pieces: int, fused: bool) -> Tensor:
+        found = None
+        for start, stop in _cuts(len(weight), pieces):
+            logits, wide = _make_logits(x, weight[start:stop], None if bias is None else bias[start:stop])
+            piece = torch.ops.megalite.logit_statistics(logits, labels, first + start, fused)
+            del logits, wide
+            if found is None:
+                found = piece
+            else:
+                found[LSE] = torch.logaddexp(found[LSE], piece[LSE])
+                found[OWN:] += piece[OWN:]
+        assert found is not None
+        ctx.save_for_backward(found, x, weight, bias, labels)
+        ctx.numbers = first, pieces, fused
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        statistics, x, weight, bias, labels = ctx.saved_tensors
+        first, pieces, fused = ctx.numbers
+        given = grads[0].contiguous()
+        dx = torch.zeros(x.shape, dtype=_exact(x.dtype), device=x.device)
+        dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+        for start, stop in _cuts(len(weight), pieces):
+            logits, wide = _make_logits(x, weight[start:stop], None if bias is None else bias[start:stop])
+            torch.ops.megalite.logit_gradient(logits, labels, statistics, given, first + start, fused)
+            if dbias is not None:
+                dbias[start:stop] = logits.sum(0)
+            part, dweight[start:stop] = _go_back_from(logits, x, wide)
+            dx += part
+            del logits, wide, part
+        return dx.to(x.dtype), dweight, dbias, None, None, None, None
+
+
 @torch.library.custom_op("megalite::logit_statistics", mutates_args=())
 def _logit_statistics(logits: Tensor, labels: Tensor, first: int, fused: bool) -> Tensor:
     return _measure(logits, labels, first, fused)
@@ -188,73 +225,3 @@ def _logit_gradient(logits: Tensor, labels: Tensor, statistics: Tensor, given: T
     gradient = _differentiate(logits, labels, statistics, given, first, fused)
     if gradient is not logits:
         logits.copy_(gradient)
-
-
-@torch.library.custom_op("megalite::linear_statistics", mutates_args=())
-def _linear_statistics(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, first: int, pieces: int, fused: bool) -> Tensor:
-    found = None
-    for start, stop in _cuts(len(weight), pieces):
-        logits, _ = _make_logits(x, weight[start:stop], None if bias is None else bias[start:stop])
-        piece = _measure(logits, labels, first + start, fused)
-        if found is None:
-            found = piece
-        else:
-            found[LSE] = torch.logaddexp(found[LSE], piece[LSE])
-            found[OWN:] += piece[OWN:]
-    assert found is not None
-    return found
-
-
-@_linear_statistics.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((3, len(x)), dtype=_exact(x.dtype))
-
-
-@torch.library.custom_op("megalite::linear_statistics_backward", mutates_args=())
-def _backward(
-    given: Tensor, statistics: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, numbers: list[int]
-) -> list[Tensor]:
-    """Gradients of x, weight and, where there is one, bias. numbers: first, pieces, fused."""
-    first, pieces, fused = numbers
-    dx = torch.zeros(x.shape, dtype=_exact(x.dtype), device=x.device)
-    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-    for start, stop in _cuts(len(weight), pieces):
-        logits, wide = _make_logits(x, weight[start:stop], None if bias is None else bias[start:stop])
-        gradient = logits.copy_(_differentiate(logits, labels, statistics, given, first + start, bool(fused)))
-        part, dweight[start:stop] = _go_back_from(gradient, x, wide)
-        if dbias is not None:
-            dbias[start:stop] = gradient.sum(0)
-        dx += part
-    return [dx.to(x.dtype), dweight, *([] if dbias is None else [dbias])]
-
-
-@_backward.register_fake
-def _(given: Tensor, statistics: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> list[Tensor]:
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, weight, bias) if t is not None]
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, labels, *ctx.numbers = inputs
-    ctx.save_for_backward(output, x, weight, bias, labels)
-
-
-def _go_back(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
-    statistics, x, weight, bias, labels = ctx.saved_tensors
-    numbers = [int(number) for number in ctx.numbers]
-    dx, dweight, *dbias = torch.ops.megalite.linear_statistics_backward(given.contiguous(), statistics, x, weight, bias, labels, numbers)
-    return dx, dweight, dbias[0] if dbias else None, None, None, None, None
-
-
-_linear_statistics.register_autograd(_go_back, setup_context=_remember)
-
-
-@register_flop_formula(torch.ops.megalite.linear_statistics)
-def _flops(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-    return 2 * x_shape[0] * x_shape[1] * weight_shape[0]
-
-
-@register_flop_formula(torch.ops.megalite.linear_statistics_backward)
-def _backward_flops(given_shape: Any, statistics_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
-    """The logits again, and two products."""
-    return 6 * x_shape[0] * x_shape[1] * weight_shape[0]

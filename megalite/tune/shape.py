@@ -44,6 +44,8 @@ class Shape:
     rope: Number = False
     dropout: Number = False  # behind attention, the MLP and the embedding; which elements are left is kept
     attention_dropout: Number = False
+    documents: Number = False  # samples are packed from several, and kept apart
+    pieces: Number = 1  # of the vocabulary, that the loss is made in
 
     @classmethod
     def of(cls, config: Config) -> Shape:
@@ -68,6 +70,8 @@ class Shape:
             rope=model.positions == "rope",
             dropout=model.dropout > 0,
             attention_dropout=model.attention_dropout > 0,
+            documents=config.data.document_mask,
+            pieces=config.train.loss_pieces,
         )
 
     def take(self, rows: Any) -> Shape:

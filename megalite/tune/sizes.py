@@ -65,8 +65,15 @@ class Sizes:
         self.hidden = self.whole / np.where(self.cut, t, 1)
         self.mlp = self.hidden + self.row * np.where(shape.gated, 4, 2) * self.f  # of it, behind the second norm
         words = ceil(shape.vocab, t)
-        self.padded = np.ceil(words / 64) * 64 / words  # the head's products are padded, see kernels/cross_entropy.py
-        self.head = self.whole + self.row * words * self.padded
+        # the head's products are padded, see kernels/cross_entropy.py; its whole gradient is not where it is put together of pieces
+        self.padded = np.where(np.asarray(shape.pieces) > 1, 1.0, np.ceil(words / 64) * 64 / words)
+        # made in pieces, no logits are kept, but one of three numbers a token; the last piece is the largest
+        pieces = self.shape.pieces
+        unit = np.where(words >= pieces * 64, 64, 1)
+        last = words - words * (pieces - 1) // pieces // unit * unit
+        self.piece = np.where(pieces > 1, np.ceil(last / 64) * 64, 0.0)  # words
+        self.piece_copied = last % 64 > 0
+        self.head = self.whole + self.row * np.where(pieces > 1, 12.0 / w, words * self.padded)
         # of BERT's also the product before it and its GELU, which the norm saves; and what a norm saves at the end of an embedding or block
         bert = 1.0 * np.asarray(shape.bert)
         self.head = self.head + 2.0 * bert * self.hidden
@@ -95,9 +102,10 @@ class Sizes:
     def _always(self, runtime: Runtime) -> Parts:
         """What lies there for the whole run."""
         w, three, layouts = self.width, self.layouts.stage == 3, self.layouts
-        # ids, targets and what these count, of this rank's part of each sequence, and the whole they were taken from
-        bert = np.asarray(self.shape.bert)  # segments, and of the whole the spans that attention sees
-        each = 16.0 + 24.0 * bert + (20.0 + 8.0 * bert) / layouts.cp
+        # ids, targets and what these count, of this rank's part of each sequence, and the whole they were taken from; BERT's segments or
+        # the documents and their positions, and the spans that attention sees
+        more = 1.0 * (np.asarray(self.shape.bert) | np.asarray(self.shape.documents))
+        each = 16.0 + 24.0 * more + (20.0 + 8.0 * more) / layouts.cp
         batch = layouts.microbatches * layouts.micro * self.shape.sequence * each
         return {
             "weights": w * np.where(three, self.own * (self.offload < 2), self.every),

@@ -95,8 +95,11 @@ def one_pass(shape: Shape, layouts: Layouts, cluster: Cluster, runtime: Runtime)
     far = (layouts.pp > 1) & (layouts.world > cluster.gpus)  # sends to other nodes stand in the way of collectives
     floor = (c.launch + c.launch_tp * t / 8 + c.launch_far * t * far) * (1 + (layouts.recompute == 2) / 3)
     launch = (busy**12 + floor**12) ** (1 / 12) - busy  # whichever is longer, the corner rounded
-    head = product(ceil(shape.vocab, t), d, 3.0)
+    # in pieces of the vocabulary, the logits are made again, and each adds to the input's gradient in fp32
+    pieces = np.asarray(shape.pieces)
+    head = product(ceil(shape.vocab, t), d, 3.0 + (pieces > 1))
     logits = tokens * ceil(shape.vocab, t) * 4.0 * 8.0 / bandwidth * c.logits
+    logits = logits + np.where(pieces > 1, pieces * tokens * d * (8.0 + width) / bandwidth * c.elementwise, 0.0)
     return Pass(
         {"matmul": block, "attention": attention, "elementwise": elementwise, "launch": launch, "tp": tp, "cp": cp},
         {"matmul": head, "elementwise": logits, "launch": floor * c.embed, "tp": tp / 4},

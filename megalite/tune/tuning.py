@@ -28,8 +28,7 @@ from megalite.upkeep import Section
 LEFT_OUT = {  # settings of a run that the closed form does not count, or not wholly: their plain value, and what others make of it
     ("model", "dropout"): (0.0, "more time"),
     ("model", "attention_dropout"): (0.0, "more time"),
-    ("data", "document_mask"): (False, "less time, a little more memory"),
-    ("train", "loss_pieces"): (1, "less memory, more time"),
+    ("data", "document_mask"): (False, "less time"),
 }
 
 
@@ -178,7 +177,7 @@ def left_out(config: Config) -> list[str]:
         for (section, name), (plain, way) in LEFT_OUT.items()
         if (value := getattr(getattr(config, section), name)) != plain
     ]
-    return [f"not counted  {', '.join(found)}; --dry-run says what is kept"] if found else []
+    return [f"not counted  {', '.join(found)}"] if found else []
 
 
 def _table(found: search.Found, rows: list[int]) -> Table:

@@ -161,6 +161,28 @@ def test_the_closed_form_counts_what_dropout_keeps(words: str, elsewhere: Execut
     assert abs(elsewhere.submit(_off_dropping, layout).result()) < 0.001
 
 
+def _off_in_pieces(layout: Layouts) -> float:
+    """Nor do logits hide what else is there."""
+    pieces = {**SHALLOW, "train": {**SHALLOW["train"], "loss_pieces": 16}, "data": {"document_mask": True}}
+    return _compared(settings.load("gpt-1.3b", overrides=pieces), layout)
+
+
+@pytest.mark.parametrize(
+    ("words", "live"),
+    [
+        ("dp1 tp2 cp8 zero3 micro32 sp offload", 2000),  # at the turn
+        *(
+            pytest.param(words, 500, marks=pytest.mark.slow)
+            for words in ("dp4 pp2 cp2 zero2 micro16 gpipe full offload", "dp4 tp4 zero1 micro2", "dp8 pp2 zero3 micro4 zerobubble")
+        ),
+    ],
+)
+def test_the_closed_form_knows_a_loss_in_pieces_and_documents(words: str, live: int, elsewhere: Executor) -> None:
+    limits = {"bucket": 200_000_000, "live": live * 1_000_000}
+    layout = Layouts.of(**{**choices.read(words, batch=64, world=16).row(0), **limits})
+    assert abs(elsewhere.submit(_off_in_pieces, layout).result()) < 0.001
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
