@@ -1,7 +1,8 @@
 """`python -m megalite_kernels.bench [--output FILE.json]`: our kernels beside every peer PyTorch has, on the GPU at hand, as one table.
 
 Peers: SDPA by cuDNN, flash and efficient, compiled FlexAttention, and torch's varlen_attn for packed documents. Same process, in turn,
-random normal inputs, medians, 16k tokens. TFLOP/s count what is seen, a backward pass 2.5 forward passes. P is the best peer.
+random normal inputs, medians, 16k tokens. TFLOP/s count what is seen, a backward pass 2.5 forward passes. P is the best peer. Dropout
+multiplies nothing: its table is in GB/s, of what has to pass through memory once.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from torch.nn import functional as F
 from .attention import attention, why_not_triton
 from .clock import measure
 from .cross_entropy import linear_cross_entropy
+from .dropout import dropout
 from .spans import packed_spans
 
 TOKENS = 16384
 HEADS = {64: 32, 128: 16}
+UNITS = {"TFLOP/s": 1e12, "GB/s": 1e9}
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,13 @@ class Row:
     """One line: seconds of each way, what it computes, and where it counts, the bytes it needs beside inputs and gradients."""
 
     what: str
-    flops: float
+    work: float  # FLOPs, or of dropout bytes
     seconds: dict[str, float]
     memory: dict[str, int] = field(default_factory=dict)
 
     def rates(self) -> dict[str, float]:
-        return {name: self.flops / seconds / 1e12 for name, seconds in self.seconds.items()}
+        """In units a second."""
+        return {name: self.work / seconds for name, seconds in self.seconds.items()}
 
     def ratio(self) -> float | None:
         """Our speed over P, the best peer's."""
@@ -103,6 +107,32 @@ def loss(tokens: int, vocabulary: int, width: int, *, device: torch.device) -> R
     memory = {name: _needed(way, device) - x.nbytes - weight.nbytes for name, way in ways.items()} if device.type == "cuda" else {}
     seconds = measure(ways, device=device, required=("ours",))
     return Row(f"cross-entropy {vocabulary} words, {tokens} tokens, width {width} fwd+bwd", 6.0 * x.numel() * vocabulary, seconds, memory)
+
+
+def dropped(width: int, *, device: torch.device) -> Row:
+    """Dropout and the sum behind it, forward and backward: ours, its PyTorch form, that compiled, and torch's own with other numbers.
+    A forward pass reads two tensors and writes one, a backward pass reads one and writes one.
+    """
+    x, residual = (torch.randn(8, TOKENS // 8, width, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    samples, places = (torch.arange(n, device=device) for n in x.shape[:2])
+    given = torch.randn_like(x)
+
+    def plain() -> Tensor:
+        return dropout(x, samples, places, site=7, rate=0.1, residual=residual, impl="reference")
+
+    made: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: dropout(x, samples, places, site=7, rate=0.1, residual=residual),
+        "eager": plain,
+        "compiled": torch.compile(plain),
+        "torch": lambda: residual + F.dropout(x, 0.1),
+    }
+    ways = {name: partial(_give_back, way, (x, residual), given) for name, way in made.items()}
+    memory = {name: _needed(way, device) - 3 * x.nbytes for name, way in ways.items()} if device.type == "cuda" else {}
+    return Row(f"dropout, width {width}, fwd+bwd", 5.0 * x.nbytes, measure(ways, device=device, required=("ours",)), memory)
+
+
+def _give_back(way: Callable[[], Tensor], inputs: tuple[Tensor, ...], given: Tensor) -> object:
+    return torch.autograd.grad(way(), inputs, given)
 
 
 def _differentiate(way: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> object:
@@ -179,13 +209,13 @@ def _passes(ways: dict[str, Callable[[], Tensor]], inputs: tuple[Tensor, ...], *
     return {name: passing(way) for name, way in ways.items()}
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: TFLOP/s of every way, and ours over the best peer."""
+def table(rows: list[Row], *, unit: str = "TFLOP/s") -> str:
+    """Markdown: the rate of every way, and ours over the best peer."""
     names = list(dict.fromkeys(name for row in rows for name in row.seconds))
-    lines = ["| TFLOP/s | " + " | ".join(names) + " | ours / P |", "|---" * (len(names) + 2) + "|"]
+    lines = [f"| {unit} | " + " | ".join(names) + " | ours / P |", "|---" * (len(names) + 2) + "|"]
     for row in rows:
         rates, ratio = row.rates(), row.ratio()
-        cells = [f"{rates[name]:.0f}{_gigabytes(row, name)}" if name in rates else "-" for name in names]
+        cells = [f"{rates[name] / UNITS[unit]:.0f}{_gigabytes(row, name)}" if name in rates else "-" for name in names]
         lines.append(f"| {row.what} | " + " | ".join(cells) + f" | {'-' if ratio is None else f'{ratio:.2f}'} |")
     return "\n".join(lines)
 
@@ -219,7 +249,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows += [packed(128, tokens, device=device) for tokens in (16384, 65536)]
     rows += [loss(8192, 131072, width, device=device) for width in (2048, 4096)]
     where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
-    say(f"{where}\n\n{table(rows)}")
+    rest = [dropped(width, device=device) for width in (1024, 4096)]
+    say(f"{where}\n\n{table(rows)}\n\n{table(rest, unit='GB/s')}")
+    rows += rest
     if chosen.output:
         chosen.output.write_text(json.dumps({"where": where, "rows": [asdict(row) for row in rows]}, indent=1))
     return 0

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import backward, forward, rows
+from . import backward, drop, forward, rows
 from .tables import Tile, block_of
 
 Entry = tuple[str, int, str, Tile]  # kernel, block, kind, tile
@@ -118,13 +118,29 @@ def asked_of(entry: Entry) -> dict[str, Any]:
 
 
 def inspect_rows(kernel: str, arch: str, *, dtype: str = "bf16") -> Report:
-    """The same for "measure" and "differentiate" of rows.py, which have no table and multiply nothing."""
-    function = getattr(rows, kernel)
-    known = {"LOGITS": f"*{dtype}", "LABELS": "*i64", "STATS": "*fp32", "DSTATS": "*fp32", "COLUMNS": "constexpr"}
-    signature = {name: known.get(name, "i32") for name in function.arg_names}
+    """The same for "measure" and "differentiate" of rows.py and "drop" of drop.py, which have no table and multiply nothing."""
+    home = drop if kernel == "drop" else rows
+    function, numbers = getattr(home, kernel), ("LABELS", "SAMPLES", "PLACES", "site")
+    constants = {"COLUMNS": home.COLUMNS, "ADD": True, "x_column": 1, "residual_column": 1}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        number = "i64" if name in numbers else "fp32" if name in ("STATS", "DSTATS", "scale") else dtype if name.isupper() else "i32"
+        return f"*{number}" if name.isupper() else number
+
+    signature = {name: kind(name) for name in function.arg_names}
     attributes = {(number,): [["tt.divisibility", 16]] for number, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(fn=function, signature=signature, constexprs={"COLUMNS": rows.COLUMNS}, attrs=attributes)
-    return _compile(source, arch, {"num_warps": rows.WARPS})
+    if kernel == "drop":  # strides of rows and samples, as widths are in life
+        aligned = [
+            number
+            for number, name in enumerate(function.arg_names)
+            if name in ("width", *(f"{x}_{y}" for x in ("x", "residual") for y in ("batch", "row")))
+        ]
+        attributes |= {(number,): [["tt.divisibility", 16]] for number in aligned}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    return _compile(source, arch, {"num_warps": home.WARPS})
 
 
 def survey(entries: Iterable[tuple[str, Entry]]) -> dict[tuple[str, Entry], list[str]]:

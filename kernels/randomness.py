@@ -1,4 +1,5 @@
-"""Which attention weights dropout keeps: a function of one 32-bit number a row and one a key of every head, the same in every kernel.
+"""Which attention weights dropout keeps: a function of one 32-bit number a row and one a key of every head, the same in every kernel; and
+the streams that the dropout of features is drawn from (dropout.py).
 
 The draw of a pair is those two, combined and scrambled by lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/). So a head
 of s rows and n keys costs s + n numbers, drawn before the kernel, instead of s n inside it, and a tile can be drawn in any shape and
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+GOLDEN = -7046029254386353131  # 0x9e3779b97f4a7c15, as the signed integer torch knows
 LOW = 0xFFFFFFFF
 SCRAMBLE = (0x7FEB352D, 0x846CA68B)  # lowbias32
 
@@ -44,3 +46,15 @@ def kept(draws: Draws, *, dropout_p: float) -> Tensor:
     x = ((x ^ (x >> 15)) * SCRAMBLE[1]) & LOW
     x = x ^ (x >> 16)
     return (x >> 1) >= limit_of(dropout_p)
+
+
+def streams(samples: Tensor, places: Tensor, *, site: int) -> Tensor:
+    """The seed of every row's stream, from the keys of the samples and the rows' places, which are broadcast; int64."""
+    return mix(mix(samples + site) + places * GOLDEN)
+
+
+def mix(x: Tensor) -> Tensor:
+    """The finalizer of splitmix64; int64 wraps around, and shifts are made logical by a mask."""
+    x = (x ^ ((x >> 30) & 0x3_FFFF_FFFF)) * -4658895280553007687  # 0xbf58476d1ce4e5b9
+    x = (x ^ ((x >> 27) & 0x1F_FFFF_FFFF)) * -7723592293110705685  # 0x94d049bb133111eb
+    return x ^ ((x >> 31) & 0x1_FFFF_FFFF)

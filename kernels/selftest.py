@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .attention import attention, why_not_triton
 from .cross_entropy import linear_statistics
+from .dropout import dropout
 from .randomness import draw
 from .spans import packed_spans
 
@@ -55,6 +56,23 @@ def _rows_disagreement(device: str, dtype: torch.dtype) -> str | None:
 def _disagreement(device: str, dtype: torch.dtype, width: int, dropout: bool) -> str | None:
     what = f"fused attention{' with dropout' if dropout else ''} is not used on {device} in {dtype} at head width {width}"
     return _trusted(lambda: disagreement(torch.device(device), dtype, width, dropout=dropout), device, what)
+
+
+def why_not_dropout(x: Tensor) -> str | None:
+    """Why the kernel of dropout is not to be used for tensors like x; None where it is."""
+    return why_not_triton(x) or _ask_dropout(str(x.device), x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _ask_dropout(device: str, dtype: torch.dtype) -> str | None:
+    return _dropout_disagreement(device, dtype)
+
+
+@cache
+def _dropout_disagreement(device: str, dtype: torch.dtype) -> str | None:
+    return _trusted(
+        lambda: disagreement_of_dropout(torch.device(device), dtype), device, f"fused dropout is not used on {device} in {dtype}"
+    )
 
 
 def _trusted(test: Callable[[], str | None], device: str, what: str) -> str | None:
@@ -110,4 +128,22 @@ def disagreement_of_rows(device: torch.device, dtype: torch.dtype) -> str | None
             off = float((ours.detach().float() - exact.detach()).norm() / exact.detach().norm())
             if not off <= ALLOWED[dtype]:
                 return f"{name} is off by {off:.1e} of its norm, {ALLOWED[dtype]:.0e} is allowed ({pieces} pieces)"
+    return None
+
+
+def disagreement_of_dropout(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The same of dropout with its sum, and its gradient, of rows that fill no block and places that are far apart."""
+    torch.manual_seed(0)
+    x, residual, given = (torch.randn(2, ROWS, 1037, device=device).to(dtype) for _ in range(3))
+    samples, places = torch.randint(-(2**62), 2**62, (2,), device=device), torch.arange(ROWS, device=device) * 7919
+    answers = []
+    for impl, precision in (("triton", dtype), ("reference", torch.float32)):
+        tensors = [t.detach().to(precision).requires_grad_() for t in (x, residual)]
+        with torch.autocast(device.type, enabled=False):
+            out = dropout(tensors[0], samples, places, site=-(2**62) - 1, rate=0.3, residual=tensors[1], impl=impl)  # pyright: ignore[reportArgumentType]
+        answers.append([out, *torch.autograd.grad(out, tensors, given.to(precision))])
+    for name, ours, exact in zip(("out", "dx", "dresidual"), *answers, strict=True):
+        off = float((ours.detach().float() - exact.detach()).norm() / exact.detach().norm())
+        if not off <= ALLOWED[dtype]:
+            return f"{name} is off by {off:.1e} of its norm, {ALLOWED[dtype]:.0e} is allowed"
     return None

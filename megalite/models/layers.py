@@ -112,10 +112,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         if self.norm_first:
-            x = x + self.attention_dropout(self.attention(self.attention_norm(x), batch), batch)
-            return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), batch)
-        x = self.attention_norm(x + self.attention_dropout(self.attention(x, batch), batch))
-        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), batch))
+            x = self.attention_dropout(self.attention(self.attention_norm(x), batch), batch, x)
+            return self.mlp_dropout(self.mlp(self.mlp_norm(x)), batch, x)
+        x = self.attention_norm(self.attention_dropout(self.attention(x, batch), batch, x))
+        return self.mlp_norm(self.mlp_dropout(self.mlp(x), batch, x))
 
 
 class Projection(nn.Linear):

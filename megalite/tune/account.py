@@ -57,7 +57,7 @@ class Account(Sizes):
             alive.blocks * self.kept
             + (alive.units + alive.waiting - gone) * self.hidden
             + (alive.heads - top) * self.head
-            + (alive.embeds - closing * alive.bottom) * (self.normed + self.dropped)
+            + (alive.embeds - closing * alive.bottom) * self.normed
         )
         if turn:
             found["gathered"] = self.at_turn
@@ -172,7 +172,7 @@ class Account(Sizes):
             moved * (last + previous) + self.copied * previous + during,
             moved * last + self.copied * last + np.where(self.shape.bias, during, after),
         )
-        ended = ended + alive.bottom * (self.normed + self.dropped)
+        ended = ended + alive.bottom * self.normed
         found["working"] = np.where(alive.bottom > 0, np.maximum(own, ended), ended)
         return "end", found, total(found)
 

@@ -5,7 +5,8 @@ of code own it), the FLOPs it computes and every collective it calls. Fake tenso
 are those of a real run (ledger.py), and a test compares them with real ranks, byte for byte.
 
 On the fake GPU, attention goes through our kernels' operators (kernels/operators.py): queries, keys, values, the result and one number a
-row are kept, and with dropout the numbers that say what is dropped. So does the loss (kernels/cross_entropy.py): the logits are kept.
+row are kept, and with dropout the numbers that say what is dropped. So does the loss (kernels/cross_entropy.py): the logits are kept,
+unless it is made in pieces. So does the dropout of features (kernels/dropout.py), which keeps nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from megalite.config import Config
 from megalite.tune.ledger import Ledger
 from megalite.tune.parity import batch_of, microbatches
 
+FUSED = ("attention", "cross_entropy", "dropout")  # modules of the kernels that ask for a GPU
 STEPS = 3  # ZeRO-3 records what it needs in the first step and fetches ahead from the next one on
 
 
@@ -99,11 +101,11 @@ def walk(config: Config, document: dict[str, Any], *, mesh: Any, owners: bool) -
 
 def _compute_as_on_a_gpu() -> None:
     """Attention and loss go through the operators of our kernels, which know what they put out; the kernels themselves are never called."""
-    found = ("megalite.models.attention", "megalite.models.layers", "megalite_kernels.attention", "megalite_kernels.cross_entropy")
-    attention, layers, kernels, rows = (importlib.import_module(name) for name in found)
+    found = ("megalite.models.attention", "megalite.models.layers", *(f"megalite_kernels.{name}" for name in FUSED))
+    attention, layers, kernels, rows, dropout = (importlib.import_module(name) for name in found)
     attention.is_fused = lambda q, *, dropout=False: True  # type: ignore[attr-defined]
     layers.has_fused_loss = lambda x: True  # type: ignore[attr-defined]
-    kernels.why_not_triton = rows._why_not = lambda q: None  # type: ignore[attr-defined]
+    kernels.why_not_triton = rows._why_not = dropout._why_not = lambda q: None  # type: ignore[attr-defined]
     functional.rms_norm, functional.silu = _rms_norm, _silu
 
 

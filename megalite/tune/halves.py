@@ -49,7 +49,8 @@ class _Halved(Account):
         self.uncut = np.where(self.cut, self.whole, 0.0)  # a gradient of what a row put out, where that was scattered
         row = np.where(self.cut, self.whole, self.hidden)
         self.late = 2 * (self.hidden + row) + self.row * (self.columns + self.heads + self.wide + self.f)
-        self.work = self._at_work()
+        self.between, self.rest = self._at_work()
+        self.work = np.maximum(self.between, self.rest)
         # let go with a product, once its weight's gradient is in a bucket: with the MLP's last one, and with the last of all
         self.down, self.up, _, self.qkv = (self.width * matrix for matrix in self.matrices)
         self.freed, self.left = self.row * self.f + row, self.hidden + self.row * self.columns
@@ -76,18 +77,20 @@ class _Halved(Account):
         yield moment((num > 0) & (alive.top == 0), 0.0 * num, self.forth, found["gathered"])
         goes = self.goes * (num * self.block - self.matrices[0] > self.ahead)
         received, kept = self._received(alive)
-        work, last = self.hidden + self.computed + self.work, alive.units - 1
+        work, last = self.hidden + self.computed, alive.units - 1
+        most = np.maximum(self.between - received, self.rest - received * (self.dropped == 0))
         # a norm at the block's end has gone back
-        yield moment(num > 0, -self.normed, work - goes - received, self._to_the_end(alive, found["gathered"], last, num * self.block))
+        yield moment(num > 0, -self.normed, work + most - goes, self._to_the_end(alive, found["gathered"], last, num * self.block))
+        work = work + self.work
         changed = (num - 1.0) * (self.late - self.kept) - kept - self.normed
         yield moment(num > 1, changed, work - self.goes, self._to_the_end(alive, found["gathered"], last, self.block))
 
     def _received(self, alive: Halved) -> tuple[Array, Array]:
         """The gradient that a chunk has received, which is counted there: its first block works with that one, unless a norm follows; and
-        keeps it as that of what its last row put out, unless that is gathered.
+        keeps it as that of what its last row put out, unless that is gathered or dropout makes another of it.
         """
         received = self.hidden * (alive.top == 0) * (self.normed == 0)
-        return received, received * ~self.cut
+        return received, received * ~self.cut * (self.dropped == 0)
 
     def end(self, alive: Halved) -> Moment:
         """A chunk has gone back; the embedding is the very last."""
@@ -109,17 +112,17 @@ class _Halved(Account):
         ends = (left <= 0) & ~self.stay & np.where(self.one, self.layouts.microbatches <= self.split.place + 1, alive.next_forward == 0)
         return np.where(ends, np.minimum(gathered, self.gathers * (self.lasting + elements)), gathered)
 
-    def _at_work(self) -> Array:
+    def _at_work(self) -> tuple[Array, Array]:
         """The most that a block needs at once beside what it has kept: between the MLP's products; the gradient of a column's input and its
         sum over ranks; those of queries, keys and values on their way to other ranks, side by side, by rank, and as they arrive.
         """
-        between = self.uncut + self.row * (self.f + self.wide) + (self.width - 1.0) * self.dropped
+        between = self.uncut + self.row * (self.f + self.wide)
         gone = self.row * np.where(self.shape.gated, self.f, 0.0)
         mixed = self.row * self.heads * (self.layouts.cp > 1)
         summed = (self.layouts.tp > 1) * (np.where(self.cut, 4 * self.whole, 2 * self.whole) - mixed)
         grown = 2 * self.uncut - self.hidden * self.cut - mixed
         sent = (self.layouts.cp > 1) * (grown + 3.0 * self.row * self.columns)
-        return np.maximum(between, np.maximum(summed, sent) - gone)
+        return between + self.dropped, np.maximum(summed, sent) - gone + self.dropped
 
     def second_half(self, alive: Halved) -> Iterator[Moment]:
         """The first bucket's first gradients, and the second's while the first is on its way."""
@@ -129,7 +132,7 @@ class _Halved(Account):
             alive.blocks * self.kept
             + (alive.units + alive.waiting + sent) * self.hidden
             + alive.heads * self.head
-            + alive.embeds * (self.normed + self.dropped)
+            + alive.embeds * self.normed
             + alive.late * self.late
         )
         found["gathered"] = self._next(alive, alive.units)

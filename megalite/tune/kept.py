@@ -30,8 +30,8 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     turned = np.where(shape.rope, 8.0 * shape.sequence * k, 0.0)  # cosines and sines, for queries and for keys
     rows = 4.0 * ceil(shape.heads, t) + 4 * 4.0 / share  # one number a row of attention, two a norm
     narrow = 4.0 * d / share + c.uncut * d + columns + rotated + mixed + exchanged
-    # a byte an element; and a number a row and a key of each head, half of the 64 bits that were drawn
-    masks = np.where(shape.dropout, 2.0 * d, 0.0) / share + np.where(shape.attention_dropout, 16.0, 0.0) * ceil(shape.heads, t)
+    # a number a row and a key of each head, half of the 64 bits that were drawn
+    masks = np.where(shape.attention_dropout, 16.0, 0.0) * ceil(shape.heads, t)
     whole = tokens * (w * (c.linear * narrow + c.widening * activation) + rows + masks) + turned
     if not runtime.flash:
         heads = ceil(shape.heads, t) * layouts.micro * 1.0 * shape.sequence**2

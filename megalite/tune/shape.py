@@ -42,7 +42,7 @@ class Shape:
     bert: Number = False
     positions: Number = 0  # rows of that table
     rope: Number = False
-    dropout: Number = False  # behind attention, the MLP and the embedding; which elements are left is kept
+    dropout: Number = False  # behind attention, the MLP and the embedding
     attention_dropout: Number = False
     documents: Number = False  # samples are packed from several, and kept apart
     pieces: Number = 1  # of the vocabulary, that the loss is made in

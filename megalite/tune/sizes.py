@@ -77,7 +77,8 @@ class Sizes:
         # of BERT's also the product before it and its GELU, which the norm saves; and what a norm saves at the end of an embedding or block
         bert = 1.0 * np.asarray(shape.bert)
         self.head = self.head + 2.0 * bert * self.hidden
-        self.dropped = np.where(shape.dropout, self.hidden / w, 0.0)
+        # a row's gradient, which is not that of the sum behind it; where sequences are split, it is let go when it has been gathered
+        self.dropped = self.hidden * (np.asarray(shape.dropout) & ~self.cut)
         self.normed = bert * (self.hidden + 8.0 * self.row / w / np.where(self.cut, t, 1))
 
     def _pass(self) -> None:
@@ -86,7 +87,7 @@ class Sizes:
         gathered = np.where(self.cut, self.whole, 0.0)  # the gradient of a sum that was scattered, until its product has gone back
         # gradients of the last product's input and weight; then of what it was made of
         self.first, second = gathered + self.row * self.f + w * self.matrices[0], self.row * self.wide
-        self.first = self.first + (w - 1.0) * self.dropped  # what is left of its gradient, and no longer which elements that is
+        self.first = self.first + self.dropped
         # the product before it. Where sequences are split: its input whole, that one's gradient twice, and its part.
         # Else the gradient that is summed over ranks, and its sum, while the MLP has let go
         third = np.where(self.cut, 3 * gathered + self.hidden - second, (t > 1) * (2 * self.whole - self.mlp))

@@ -87,7 +87,9 @@ def one_pass(shape: Shape, layouts: Layouts, cluster: Cluster, runtime: Runtime)
     else:  # scores are written and read: products, scale, mask, softmax, dropout and back
         attention = (again * 4.0 * own * k / (peak * c.matmul)) + (again * 8.0 * own * width / bandwidth) * c.scores
     share = np.where(layouts.split_sequence == 1, t, 1)
-    elements = tokens * (26.0 * d / share + (8.0 * shape.ups - 3.0) * f + 6.0 * shape.columns(t) * np.where(shape.rope, 1, 0))
+    # dropout is added up with its residual, which is there anyway; two gradients are read and written
+    sums = 26.0 + np.where(shape.dropout, 4.0, 0.0)
+    elements = tokens * (sums * d / share + (8.0 * shape.ups - 3.0) * f + 6.0 * shape.columns(t) * np.where(shape.rope, 1, 0))
     elementwise = elements * (1 + 0.35 * (layouts.recompute > 0)) * width / bandwidth * c.elementwise
     tp = _tensor_parallel(shape, layouts, tokens, cluster, runtime)
     cp = _context_parallel(shape, layouts, tokens, cluster, runtime)

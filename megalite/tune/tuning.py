@@ -26,7 +26,6 @@ from megalite.tune.shape import Shape
 from megalite.upkeep import Section
 
 LEFT_OUT = {  # settings of a run that the closed form does not count, or not wholly: their plain value, and what others make of it
-    ("model", "dropout"): (0.0, "more time"),
     ("model", "attention_dropout"): (0.0, "more time"),
     ("data", "document_mask"): (False, "less time"),
 }

@@ -1,4 +1,4 @@
-"""Fused attention and cross-entropy on a GPU: as right as PyTorch, the same bits when deterministic, no wait for the host. `make gpu`."""
+"""Fused attention, cross-entropy and dropout on a GPU: as right as PyTorch, the same bits when deterministic, no waiting. `make gpu`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from megalite_kernels import attention, linear_cross_entropy
-from megalite_kernels.selftest import disagreement, disagreement_of_rows, why_not
+from megalite_kernels import attention, dropout, linear_cross_entropy
+from megalite_kernels.selftest import disagreement, disagreement_of_dropout, disagreement_of_rows, why_not
 from megalite_kernels.spans import packed_spans
 from torch.nn import functional as F
 
@@ -120,6 +120,15 @@ def test_training_through_the_kernels_is_as_near_to_fp32_as_training_through_pyt
     for what, mine, peer, right in zip(("losses", "gradients"), ours, theirs, exact, strict=True):
         off, allowed = distance(mine, right), 2 * max(distance(peer, right), 2**-8)
         assert off <= allowed, f"{what} are off by {off:.2e}, {allowed:.2e} is allowed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fused_dropout_drops_what_a_cpu_drops(dtype: torch.dtype) -> None:
+    assert disagreement_of_dropout(GPU, dtype) is None
+    x, samples, places = torch.ones(3, 50, 1037, dtype=dtype), torch.tensor([2**62, -5, 7]), torch.arange(50)
+    on_cpu = dropout(x, samples, places, site=-(2**62), rate=0.3)
+    on_gpu = dropout(x.to(GPU), samples.to(GPU), places.to(GPU), site=-(2**62), rate=0.3, impl="triton")
+    assert torch.equal(on_gpu.cpu(), on_cpu)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

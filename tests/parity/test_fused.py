@@ -28,7 +28,7 @@ def _config(model: str, mesh: str = "", *, document_mask: bool = False, dropout:
     settings = MESHES[mesh][0] if mesh else {}
     batch = {"micro_batch": 2 if "dp" in settings else 4}  # four microbatches a step
     config = config_of(**MODELS[model], **{"layers": 4, **batch, **settings, **train})
-    shape = config.model.model_copy(update={"attention_dropout": dropout})
+    shape = config.model.model_copy(update={"attention_dropout": dropout, "dropout": dropout / 2})
     return config.model_copy(update={"model": shape, "data": config.data.model_copy(update={"document_mask": document_mask})})
 
 
@@ -38,8 +38,20 @@ def _plain(model: str, document_mask: bool, dropout: float = 0.0) -> list[Any]:
 
 
 def _use_the_kernels() -> None:
-    """On this rank attention runs as on a GPU, with plain PyTorch for the kernel; a layer that builds a mask of its own fails."""
+    """On this rank attention and dropout run as on a GPU, with plain PyTorch for the kernels; a layer that builds a mask fails."""
+    import importlib
+
     from megalite_kernels import attention as fused  # pyright: ignore[reportMissingImports]
+    from megalite_kernels import drop, randomness  # pyright: ignore[reportMissingImports]
+
+    dropping = importlib.import_module("megalite_kernels.dropout")
+    dropping._why_not = lambda x: None
+
+    def run(x: Any, samples: Any, places: Any, residual: Any, *, site: int, dropped: int, scale: float) -> Any:
+        left = dropping.drop(x, randomness.streams(samples[:, None], places, site=site), dropped)
+        return left if residual is None else residual + left
+
+    drop.run = run
 
     from megalite.models import attention
 
@@ -83,11 +95,24 @@ def test_documents_are_kept_apart_on_every_mesh(mesh: str, model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "model", "dropout"),
-    [("cp2-pp2", "gpt2", 0.2), ("dp2", "bert", 0.0), pytest.param("pp2-tp2-split", "llama", 0.2, marks=pytest.mark.slow)],
+    ("mesh", "model", "dropout", "train"),
+    [
+        ("cp2-pp2", "gpt2", 0.2, {}),
+        ("dp2", "bert", 0.0, {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("pp2-tp2-split", "llama", 0.2, {}),
+                ("pp2-tp2-split", "llama", 0.2, {"schedule": "zerobubble", "recompute": "selective"}),
+                ("cp2-pp2", "bert", 0.2, {"schedule": "zerobubble", "recompute": "full"}),
+            )
+        ),
+    ],
 )
-def test_fused_attention_computes_what_pytorch_does_with_masks_built_once_a_batch(mesh: str, model: str, dropout: float) -> None:
-    config, stage = _config(model, mesh, document_mask=model != "bert", dropout=dropout), MESHES[mesh][1]
+def test_what_is_fused_computes_what_pytorch_does_with_masks_built_once_a_batch(
+    mesh: str, model: str, dropout: float, train: dict[str, Any]
+) -> None:
+    config, stage = _config(model, mesh, document_mask=model != "bert", dropout=dropout, **train), MESHES[mesh][1]
     document = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
     ours = parity.assemble(parity.on_mesh(config, document, steps=STEPS, plant=_use_the_kernels), steps=STEPS)
     assert_same(ours, _plain(model, model != "bert", dropout), tied=models.tied(config.model))

@@ -8,17 +8,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megalite_kernels.randomness import kept  # pyright: ignore[reportMissingImports]
+from megalite_kernels.dropout import drop  # pyright: ignore[reportMissingImports]
+from megalite_kernels.randomness import kept, streams  # pyright: ignore[reportMissingImports]
 
 from megalite import models
 from megalite.config import Model
-from megalite.models.dropout import Dropout, draws, drop, name_sites, sample_keys, streams
+from megalite.models.dropout import Dropout, draws, name_sites, sample_keys
 
 ROWS = streams(sample_keys(torch.arange(64), seed=1, step=0)[:, None], torch.arange(64), site=3)  # (64, 64)
 
 
 def _dropped(seeds: torch.Tensor, rate: float, width: int = 512) -> torch.Tensor:
-    return drop(torch.ones(*seeds.shape, width), seeds, rate) == 0
+    return drop(torch.ones(*seeds.shape, width), seeds, round(rate * 65536)) == 0
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.5, 0.9])
@@ -28,7 +29,7 @@ def test_the_share_that_is_dropped_is_the_rate(rate: float) -> None:
 
 
 def test_the_mean_is_kept_and_what_stays_is_scaled_alike() -> None:
-    x = drop(torch.ones(64, 64, 512), ROWS, 0.3)
+    x = drop(torch.ones(64, 64, 512), ROWS, round(0.3 * 65536))
     assert x.unique().numel() == 2 and x.mean().item() == pytest.approx(1, abs=3e-3)
 
 
@@ -61,7 +62,10 @@ def test_a_part_of_the_rows_or_features_is_dropped_as_in_the_whole(width: int, f
 def test_a_validation_drops_nothing_and_a_training_step_does() -> None:
     layer, x = Dropout(0.5), torch.ones(2, 3, 8)
     assert torch.equal(layer(x, {}), x)
-    assert (layer(x, {"samples": torch.tensor([1, 2])}) == 0).any()
+    keys = {"samples": torch.tensor([1, 2])}
+    assert (layer(x, keys) == 0).any()
+    assert torch.equal(layer(x, {}, 3 * x), 4 * x)
+    assert torch.equal(layer(x, keys, 3 * x), layer(x, keys) + 3 * x)
 
 
 def test_every_site_of_a_model_has_a_number_of_its_own() -> None:

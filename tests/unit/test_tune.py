@@ -181,6 +181,15 @@ def test_a_loss_in_pieces_makes_its_logits_twice_and_keeps_none() -> None:
     assert 0.5 * logits < found[1][1] - found[16][1] < logits
 
 
+def test_dropout_takes_time_and_no_memory() -> None:
+    ours, on = runtime.find("megalite", kind="h100"), cluster.find("1x8xH100")
+    layout = Layouts.of(dp=8, tp=1, pp=1, micro=16, batch=256)
+    plain, dropping = (Shape.of(settings.load("gpt-1.3b", overrides={"model": {"dropout": rate}})) for rate in (0.0, 0.1))
+    kept = [memory.waterfall(shape, layout, split(shape, layout, ours.rule), ours)["activations"] for shape in (plain, dropping)]
+    times = [speed.one_pass(shape, layout, on, ours).block["elementwise"] for shape in (plain, dropping)]
+    assert kept[0] == kept[1] and 1.02 < times[1] / times[0] < 1.2
+
+
 def test_zero_bubble_has_one_chunk_or_several() -> None:
     for words in ("dp2 pp4 zero1 micro1 zerobubble", "dp2 pp4 zero1 micro1 zerobubble3"):
         row = choices.read(words, batch=64, world=8).row(0)
@@ -191,8 +200,8 @@ def test_zero_bubble_has_one_chunk_or_several() -> None:
 
 def test_settings_that_are_not_counted_are_named() -> None:
     assert tuning.left_out(settings.load("gpt-1.3b")) == []
-    (said,) = tuning.left_out(settings.load("gpt-1.3b", overrides={"model": {"dropout": 0.1}, "data": {"document_mask": True}}))
-    assert said == "not counted  model.dropout = 0.1 (more time), data.document_mask = True (less time)"
+    (said,) = tuning.left_out(settings.load("gpt-1.3b", overrides={"model": {"attention_dropout": 0.1}, "data": {"document_mask": True}}))
+    assert said == "not counted  model.attention_dropout = 0.1 (more time), data.document_mask = True (less time)"
 
 
 def test_what_is_written_is_a_run_that_is_accepted(tmp_path: Path) -> None:

@@ -43,13 +43,21 @@ def test_a_row_counts_what_is_seen(backward: bool, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench, "_flex", lambda q, k, v, seen: lambda: q + k + v)
     row = bench.dense(64, 32, causal=True, device=CPU, backward=backward)
     assert {"ours", "flash", "flex"} <= set(row.seconds) and "cudnn" not in row.seconds
-    assert row.flops == 4 * 2 * 32 * 64 * (32 * 33 // 2) * (2.5 if backward else 1)
+    assert row.work == 4 * 2 * 32 * 64 * (32 * 33 // 2) * (2.5 if backward else 1)
 
 
 def test_a_row_of_the_loss_counts_three_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda way: way)
     row = bench.loss(8, 64, 16, device=CPU)
-    assert set(row.seconds) == {"ours", "eager", "compiled"} and row.flops == 6 * 8 * 64 * 16 and not row.memory
+    assert set(row.seconds) == {"ours", "eager", "compiled"} and row.work == 6 * 8 * 64 * 16 and not row.memory
+
+
+def test_a_row_of_dropout_counts_each_operand_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda way: way)
+    monkeypatch.setattr(bench, "TOKENS", 64)
+    row = bench.dropped(16, device=CPU)
+    assert set(row.seconds) == {"ours", "eager", "compiled", "torch"} and row.work == 5 * 2 * 64 * 16 and not row.memory
+    assert bench.table([row], unit="GB/s").startswith("| GB/s | ours | eager | compiled | torch | ours / P |")
 
 
 def test_memory_stands_beside_the_rate() -> None:

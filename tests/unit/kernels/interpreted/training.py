@@ -1,4 +1,4 @@
-"""Twenty steps of a small model on one device, with fused attention or SDPA: losses and gradients of every step.
+"""Twenty steps of a small model on one device, with fused attention and dropout or plain PyTorch: losses and gradients of every step.
 
 GPT trains on packed documents with their mask, BERT on padded pairs: two batches of the parity tests in turn, so that there is something
 to learn.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from megalite import models
 from megalite.config import Config
-from megalite.models import attention
+from megalite.models import attention, dropout
 from megalite.tune.parity import batch_of
 
 STEPS = 20
@@ -26,7 +27,7 @@ FAMILIES = ("gpt", "bert")
 def config_of(family: str, *, sequence: int, width: int, heads: int, layers: int, samples: int, dropout: float = 0.0) -> Config:
     style = {"positions": "rope", "norm": "rms", "activation": "swiglu", "bias": False, "kv_heads": heads // 2, "tied": False}
     shape = {"family": family, "layers": layers, "width": width, "heads": heads, "vocab": 61, "sequence": sequence, "init_std": 0.1}
-    shape["attention_dropout"] = dropout
+    shape["attention_dropout"] = shape["dropout"] = dropout
     return Config.model_validate(
         {
             "model": {**shape, **(style if family == "gpt" else {"activation": "gelu"})},
@@ -38,7 +39,7 @@ def config_of(family: str, *, sequence: int, width: int, heads: int, layers: int
 
 @contextmanager
 def attending(fused: bool) -> Iterator[list[tuple[int, ...]]]:
-    """Attention by the kernels, wherever the tensors are, or by SDPA; the shapes of the queries that the kernels saw."""
+    """Attention and dropout by the kernels, wherever the tensors are, or by PyTorch; the shapes of the queries that the kernels saw."""
     seen: list[tuple[int, ...]] = []
     original = attention.attention
 
@@ -46,7 +47,12 @@ def attending(fused: bool) -> Iterator[list[tuple[int, ...]]]:
         seen.append(tuple(q.shape))
         return original(q, *args, **kwargs, impl="triton")
 
-    with mock.patch.object(attention, "is_fused", lambda q, dropout=False: fused), mock.patch.object(attention, "attention", run):
+    dropping = partial(dropout.dropout, impl="triton" if fused else "reference")
+    with (
+        mock.patch.object(attention, "is_fused", lambda q, dropout=False: fused),
+        mock.patch.object(attention, "attention", run),
+        mock.patch.object(dropout, "dropout", dropping),
+    ):
         yield seen
 
 
