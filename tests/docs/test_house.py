@@ -36,7 +36,9 @@ DOORS = {
     "rensa": {"megalite/data/duplicates.py"},
     "stdnum": {"megalite/data/kinds.py"},
     "phonenumbers": {"megalite/data/kinds.py", "megalite/data/identity.py"},
-    "triton": {f"kernels/{name}.py" for name in ("attention", "backward", "compiled", "forward", "launch", "proven", "rows", "tiles")},
+    "triton": {
+        f"kernels/{name}.py" for name in ("attention", "backward", "compiled", "drop", "forward", "launch", "proven", "rows", "tiles")
+    },
 }
 # launch.py: who started us, and what a rank's libraries read; data/encode.py: workers of `prepare` keep the tokenizer to one thread each
 ENVIRONMENT = {"megalite/launch.py", "megalite/data/encode.py"}

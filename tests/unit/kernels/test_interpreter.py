@@ -14,7 +14,10 @@ pytestmark = pytest.mark.timeout(900)  # all suites are one test here
 
 FOLDER = Path(__file__).parent / "interpreted"
 # suite -> at least so many cases; halves of about the same length
-HALVES = ({"test_masks.py": 20, "test_operators.py": 8, "test_rows.py": 25}, {"test_features.py": 20, "test_training.py": 2})
+HALVES = (
+    {"test_masks.py": 20, "test_operators.py": 8, "test_rows.py": 25, "test_drop.py": 21},
+    {"test_features.py": 20, "test_training.py": 2},
+)
 MORE = ({"test_masks.py": 20, "test_operators.py": 2}, {"test_features.py": 25, "test_training.py": 1})
 REST = ({"test_masks.py": 135}, {"test_features.py": 20, "test_operators.py": 1})
 
