@@ -6,7 +6,7 @@ Triton is imported only when a kernel runs, so this imports anywhere.
 
 from .attention import attention
 from .cross_entropy import linear_cross_entropy, linear_statistics
-from .dropout import dropout
+from .dropout import draws, dropout
 from .spans import Spans
 
-__all__ = ["Spans", "attention", "dropout", "linear_cross_entropy", "linear_statistics"]
+__all__ = ["Spans", "attention", "draws", "dropout", "linear_cross_entropy", "linear_statistics"]

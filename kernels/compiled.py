@@ -118,9 +118,9 @@ def asked_of(entry: Entry) -> dict[str, Any]:
 
 
 def inspect_rows(kernel: str, arch: str, *, dtype: str = "bf16") -> Report:
-    """The same for "measure" and "differentiate" of rows.py and "drop" of drop.py, which have no table and multiply nothing."""
-    home = drop if kernel == "drop" else rows
-    function, numbers = getattr(home, kernel), ("LABELS", "SAMPLES", "PLACES", "site")
+    """The same for "measure" and "differentiate" of rows.py and "drop" and "draw" of drop.py, which have no table and multiply nothing."""
+    home = drop if kernel in ("drop", "draw") else rows
+    function, numbers = getattr(home, kernel), ("LABELS", "SAMPLES", "PLACES", "HEADS", "site")
     constants = {"COLUMNS": home.COLUMNS, "ADD": True, "x_column": 1, "residual_column": 1}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
 

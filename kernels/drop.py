@@ -1,4 +1,4 @@
-"""The Triton kernel of dropout.py: a row's stream is drawn in registers, four features from every 64 bits.
+"""The Triton kernels of dropout.py: a row's stream is drawn in registers, four features from every 64 bits; and what attention draws from.
 
 In: x and the residual (b, s, d) in any strides.  Out: contiguous (b, s, d). Memory sees each operand once.
 """
@@ -49,6 +49,33 @@ def drop(
         found += rest.to(tl.float32)
     place_out = OUT + (sample * length + row) * width + column
     tl.store(place_out, found.to(OUT.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["site"])
+def draw(SAMPLES, HEADS, OUT, heads, length, site, COLUMNS: tl.constexpr):
+    """OUT (2, b, h, length), of the rows and of the keys: COLUMNS places of one head of one sample."""
+    pair = tl.program_id(0).to(tl.int64)
+    key = tl.load(SAMPLES + pair // heads).to(tl.uint64, bitcast=True)
+    head = tl.load(HEADS + pair % heads).to(tl.int64)
+    place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    stream = ((head << 32) + place).to(tl.uint64) * GOLDEN
+    which = site.to(tl.int64)
+    rows = mix(mix(key + which.to(tl.uint64)) + stream)
+    keys = mix(mix(key + (-1 - which).to(tl.uint64)) + stream)
+    out, there = OUT + pair * length + place, place < length
+    tl.store(out, rows.to(tl.int32), mask=there)
+    tl.store(out + tl.num_programs(0).to(tl.int64) * length, keys.to(tl.int32), mask=there)
+
+
+def run_draw(samples: Tensor, heads: Tensor, length: int, site: int) -> Tensor:
+    """(2, b, h, length) int32."""
+    b, h = len(samples), len(heads)
+    out = torch.empty((2, b, h, length), dtype=torch.int32, device=samples.device)
+    if out.numel():
+        with torch.cuda.device_of(samples):
+            grid = (b * h, triton.cdiv(length, COLUMNS))
+            draw[grid](samples.contiguous(), heads.contiguous(), out, h, length, site, COLUMNS=COLUMNS, num_warps=WARPS)
+    return out
 
 
 def run(x: Tensor, samples: Tensor, places: Tensor, residual: Tensor | None, *, site: int, dropped: int, scale: float) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import why_not_triton
-from .randomness import GOLDEN, mix, streams
+from .randomness import GOLDEN, Draws, mix, sides, streams
 
 SHARES = 65536  # rates are multiples of 1 / SHARES
 
@@ -45,7 +45,7 @@ def dropout(
         raise ValueError(f"residual {tuple(residual.shape)} is added to x {tuple(x.shape)}; give it the same shape")
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f"impl = {impl!r} is unknown; choose auto, triton or reference")
-    reason = _why_not(x) if impl == "auto" else why_not_triton(x) if impl == "triton" else "reference"
+    reason = _why_not(x, x.dtype) if impl == "auto" else why_not_triton(x) if impl == "triton" else "reference"
     if impl == "triton" and reason:
         raise ValueError(f"impl = triton, but {reason}; use impl = auto or reference")
     if reason:
@@ -57,10 +57,20 @@ def dropout(
     return torch.ops.megalite.dropout(x, samples, places.expand(x.shape[:2]), residual, site, dropped)
 
 
-def _why_not(x: Tensor) -> str | None:
+def _why_not(x: Tensor, dtype: torch.dtype) -> str | None:
     from .selftest import why_not_dropout
 
-    return why_not_dropout(x) if x.is_cuda else "no GPU"
+    return why_not_dropout(x, dtype) if x.is_cuda else "no GPU"
+
+
+def draws(samples: Tensor, heads: Tensor, length: int, *, site: int, impl: Literal["auto", "triton", "reference"] = "auto") -> Draws:
+    """What attention's dropout draws from: a 32-bit number for every row and every key of the heads, which stand at 0 .. length - 1.
+
+    samples (b,) are the samples' keys, heads (h,) numbers in the whole model, int64. impl as for `dropout`.
+    """
+    if impl == "reference" or (impl == "auto" and _why_not(samples, torch.float32)):
+        return sides(samples, heads, length, site=site)
+    return Draws(*torch.ops.megalite.draws(samples, heads, length, site))
 
 
 def drop(x: Tensor, seeds: Tensor, dropped: int) -> Tensor:
@@ -80,6 +90,18 @@ def _dropout(x: Tensor, samples: Tensor, places: Tensor, residual: Tensor | None
 @_dropout.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("megalite::draws", mutates_args=())
+def _draws(samples: Tensor, heads: Tensor, length: int, site: int) -> Tensor:
+    from . import drop as kernels
+
+    return kernels.run_draw(samples, heads, length, site)
+
+
+@_draws.register_fake
+def _(samples: Tensor, heads: Tensor, length: int, site: int) -> Tensor:
+    return torch.empty((2, len(samples), len(heads), length), dtype=torch.int32, device=samples.device)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

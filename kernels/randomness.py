@@ -53,6 +53,15 @@ def streams(samples: Tensor, places: Tensor, *, site: int) -> Tensor:
     return mix(mix(samples + site) + places * GOLDEN)
 
 
+def sides(samples: Tensor, heads: Tensor, length: int, *, site: int) -> Draws:
+    """A number for every row and every key of the heads, from the keys of the samples (b,), the heads' numbers in the whole model (h,) and
+    the places 0 .. length - 1.
+    """
+    places = (heads[:, None] << 32) + torch.arange(length, device=samples.device)
+    both = (streams(samples[:, None, None], places, site=which) for which in (site, ~site))
+    return Draws(*(side.view(torch.int32)[..., ::2] for side in both))  # the lower half of each: (b, h, length)
+
+
 def mix(x: Tensor) -> Tensor:
     """The finalizer of splitmix64; int64 wraps around, and shifts are made logical by a mask."""
     x = (x ^ ((x >> 30) & 0x3_FFFF_FFFF)) * -4658895280553007687  # 0xbf58476d1ce4e5b9

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention import attention, why_not_triton
 from .cross_entropy import linear_statistics
-from .dropout import dropout
+from .dropout import draws, dropout
 from .randomness import draw
 from .spans import packed_spans
 
@@ -58,9 +58,9 @@ def _disagreement(device: str, dtype: torch.dtype, width: int, dropout: bool) ->
     return _trusted(lambda: disagreement(torch.device(device), dtype, width, dropout=dropout), device, what)
 
 
-def why_not_dropout(x: Tensor) -> str | None:
-    """Why the kernel of dropout is not to be used for tensors like x; None where it is."""
-    return why_not_triton(x) or _ask_dropout(str(x.device), x.dtype)
+def why_not_dropout(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the kernels of dropout are not to be used where x is, in that precision; None where they are."""
+    return why_not_triton(x) or _ask_dropout(str(x.device), dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -132,10 +132,15 @@ def disagreement_of_rows(device: torch.device, dtype: torch.dtype) -> str | None
 
 
 def disagreement_of_dropout(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The same of dropout with its sum, and its gradient, of rows that fill no block and places that are far apart."""
+    """The same of dropout with its sum, and its gradient, of rows that fill no block and places that are far apart; and of what attention
+    draws from, to the bit.
+    """
     torch.manual_seed(0)
     x, residual, given = (torch.randn(2, ROWS, 1037, device=device).to(dtype) for _ in range(3))
     samples, places = torch.randint(-(2**62), 2**62, (2,), device=device), torch.arange(ROWS, device=device) * 7919
+    ways = (draws(samples, places[3:9], ROWS, site=-(2**62) - 1, impl=impl) for impl in ("triton", "reference"))
+    if not all(map(torch.equal, *ways)):
+        return "numbers that attention draws from are others"
     answers = []
     for impl, precision in (("triton", dtype), ("reference", torch.float32)):
         tensors = [t.detach().to(precision).requires_grad_() for t in (x, residual)]

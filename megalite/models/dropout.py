@@ -14,7 +14,7 @@ import hashlib
 
 import torch
 from megalite_kernels import dropout  # pyright: ignore[reportMissingImports]
-from megalite_kernels.randomness import GOLDEN, Draws, mix, streams  # pyright: ignore[reportMissingImports]
+from megalite_kernels.randomness import GOLDEN, mix  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
 from megalite.models.batch import Batch
@@ -48,16 +48,6 @@ def name_sites(root: nn.Module, prefix: str = "") -> None:
 def sample_keys(samples: Tensor, *, seed: int, step: int) -> Tensor:
     """A key for each sample of step `step`, by its number in the global batch: (b,) -> (b,), int64."""
     return mix(_number(f"{seed}/{step}") + samples * GOLDEN)
-
-
-def draws(samples: Tensor, heads: Tensor, length: int, *, site: int) -> Draws:
-    """What attention's dropout draws from: a 32-bit number for every row and every key of the heads, by their numbers in the whole model.
-
-    samples (b,) are the samples' keys, heads (h,); rows and keys stand at 0 .. length - 1.
-    """
-    places = (heads[:, None] << 32) + torch.arange(length, device=samples.device)
-    sides = (streams(samples[:, None, None], places, site=which) for which in (site, ~site))
-    return Draws(*(side.view(torch.int32)[..., ::2] for side in sides))  # the lower half of each: (b, h, length)
 
 
 def _number(text: str) -> int:

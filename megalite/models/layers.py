@@ -7,7 +7,7 @@ weights from outside. Every layer of a model is called `layer(x, batch)`; x is t
 from __future__ import annotations
 
 import torch
-from megalite_kernels import linear_statistics  # pyright: ignore[reportMissingImports]
+from megalite_kernels import draws, linear_statistics  # pyright: ignore[reportMissingImports]
 from megalite_kernels.selftest import why_not_rows  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from megalite.config import Model
 from megalite.models.attention import attend, positions_in, rotate
 from megalite.models.batch import Batch
-from megalite.models.dropout import Dropout, draws
+from megalite.models.dropout import Dropout
 
 
 def positions_of(x: Tensor, batch: Batch) -> Tensor:

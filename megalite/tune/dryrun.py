@@ -105,7 +105,7 @@ def _compute_as_on_a_gpu() -> None:
     attention, layers, kernels, rows, dropout = (importlib.import_module(name) for name in found)
     attention.is_fused = lambda q, *, dropout=False: True  # type: ignore[attr-defined]
     layers.has_fused_loss = lambda x: True  # type: ignore[attr-defined]
-    kernels.why_not_triton = rows._why_not = dropout._why_not = lambda q: None  # type: ignore[attr-defined]
+    kernels.why_not_triton = rows._why_not = dropout._why_not = lambda *_: None  # type: ignore[attr-defined]
     functional.rms_norm, functional.silu = _rms_norm, _silu
 
 

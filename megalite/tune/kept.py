@@ -30,9 +30,8 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     turned = np.where(shape.rope, 8.0 * shape.sequence * k, 0.0)  # cosines and sines, for queries and for keys
     rows = 4.0 * ceil(shape.heads, t) + 4 * 4.0 / share  # one number a row of attention, two a norm
     narrow = 4.0 * d / share + c.uncut * d + columns + rotated + mixed + exchanged
-    # a number a row and a key of each head, half of the 64 bits that were drawn
-    masks = np.where(shape.attention_dropout, 16.0, 0.0) * ceil(shape.heads, t)
-    whole = tokens * (w * (c.linear * narrow + c.widening * activation) + rows + masks) + turned
+    draws = np.where(shape.attention_dropout, 8.0, 0.0) * ceil(shape.heads, t)  # a number a row and a key of each head
+    whole = tokens * (w * (c.linear * narrow + c.widening * activation) + rows + draws) + turned
     if not runtime.flash:
         heads = ceil(shape.heads, t) * layouts.micro * 1.0 * shape.sequence**2
         whole = whole + heads * (2 * w + 1)  # scores before and after dropout, and its mask
@@ -44,7 +43,7 @@ def block_kept(shape: Shape, layouts: Layouts, runtime: Runtime) -> tuple[Array,
     kept = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [entry + 0 * whole, dear], whole)
     # norms, their sum, GELU; the results are added to what was there and let go
     passed = (1.0 + np.asarray(shape.bert)) * d / share if runtime.name == "megalite" else 0.0
-    cheap = tokens * (w * (3.0 * d / share + rotated + activation - shape.ups * f - passed) + 4 * 4.0 / share + masks) + turned
+    cheap = tokens * (w * (3.0 * d / share + rotated + activation - shape.ups * f - passed) + 4 * 4.0 / share + draws) + turned
     again = np.select([layouts.recompute == FULL, layouts.recompute == SELECTIVE], [whole - kept, cheap], 0.0)
     return kept, again
 

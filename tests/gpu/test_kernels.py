@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from megalite_kernels import attention, dropout, linear_cross_entropy
+from megalite_kernels import attention, draws, dropout, linear_cross_entropy
 from megalite_kernels.selftest import disagreement, disagreement_of_dropout, disagreement_of_rows, why_not
 from megalite_kernels.spans import packed_spans
 from torch.nn import functional as F
@@ -129,6 +129,8 @@ def test_fused_dropout_drops_what_a_cpu_drops(dtype: torch.dtype) -> None:
     on_cpu = dropout(x, samples, places, site=-(2**62), rate=0.3)
     on_gpu = dropout(x.to(GPU), samples.to(GPU), places.to(GPU), site=-(2**62), rate=0.3, impl="triton")
     assert torch.equal(on_gpu.cpu(), on_cpu)
+    theirs, ours = (draws(samples.to(where), places[:4].to(where), 1030, site=-7) for where in ("cpu", GPU))
+    assert all(torch.equal(mine.cpu(), other) for mine, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 from compare import assert_same, config_of, on_mesh, reference
 
 from megalite import models
@@ -45,13 +46,14 @@ def _use_the_kernels() -> None:
     from megalite_kernels import drop, randomness  # pyright: ignore[reportMissingImports]
 
     dropping = importlib.import_module("megalite_kernels.dropout")
-    dropping._why_not = lambda x: None
+    dropping._why_not = lambda *_: None
 
     def run(x: Any, samples: Any, places: Any, residual: Any, *, site: int, dropped: int, scale: float) -> Any:
         left = dropping.drop(x, randomness.streams(samples[:, None], places, site=site), dropped)
         return left if residual is None else residual + left
 
     drop.run = run
+    drop.run_draw = lambda samples, heads, length, site: torch.stack([*randomness.sides(samples, heads, length, site=site)])
 
     from megalite.models import attention
 

@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from megalite_kernels import draws
 
 from megalite.models.attention import attend, rotate
-from megalite.models.dropout import draws
 
 ENDS = [0, 5, 6, 14, 20]
 DOCUMENTS = torch.repeat_interleave(torch.arange(4), torch.tensor(ENDS).diff())[None].expand(2, -1)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megalite_kernels.dropout import drop  # pyright: ignore[reportMissingImports]
+from megalite_kernels.dropout import draws, drop  # pyright: ignore[reportMissingImports]
 from megalite_kernels.randomness import kept, streams  # pyright: ignore[reportMissingImports]
 
 from megalite import models
 from megalite.config import Model
-from megalite.models.dropout import Dropout, draws, name_sites, sample_keys
+from megalite.models.dropout import Dropout, name_sites, sample_keys
 
 ROWS = streams(sample_keys(torch.arange(64), seed=1, step=0)[:, None], torch.arange(64), site=3)  # (64, 64)
 

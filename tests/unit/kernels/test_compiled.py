@@ -60,7 +60,7 @@ def test_a_changed_kernel_tile_or_constant_has_another_fingerprint(monkeypatch: 
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("kernel", ["measure", "differentiate", "drop"])
+@pytest.mark.parametrize("kernel", ["measure", "differentiate", "drop", "draw"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_kernels_over_rows_compile_to_clean_machine_code(kernel: str, arch: str, dtype: str) -> None:
     assert not compiled.inspect_rows(kernel, arch, dtype=dtype).faults(products=False)

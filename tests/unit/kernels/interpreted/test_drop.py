@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from megalite_kernels import dropout, selftest
+from megalite_kernels import draws, dropout, selftest
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -78,12 +78,21 @@ def test_the_residual_may_be_of_another_precision() -> None:
     torch.testing.assert_close(_run(x.half(), residual), _run(x.half(), residual, impl="reference"), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("site", [0, -1, 2**40, SITE])
+def test_attention_draws_what_pytorch_draws(site: int) -> None:
+    samples, heads = torch.tensor([2**62 + 3, -(2**61)]), torch.tensor([7, 0, 2**20])
+    ours, plain = (draws(samples, heads, 1030, site=site, impl=impl) for impl in ("triton", "reference"))
+    assert torch.equal(ours.rows, plain.rows) and torch.equal(ours.keys, plain.keys)
+    assert ours.rows.is_contiguous() and ours.rows.dtype == torch.int32
+
+
 def test_opcheck_finds_nothing() -> None:
     x, residual = _inputs(40)
     for beside in (residual, None):
         torch.library.opcheck(
             torch.ops.megalite.dropout.default, (x, torch.tensor([1, 2]), torch.arange(7).expand(2, 7), beside, SITE, 20000)
         )
+    torch.library.opcheck(torch.ops.megalite.draws.default, (torch.tensor([1, 2]), torch.arange(3), 40, SITE))
 
 
 def test_the_self_test_passes_a_right_kernel_and_names_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,4 +102,8 @@ def test_the_self_test_passes_a_right_kernel_and_names_a_wrong_one(monkeypatch: 
     assert selftest.disagreement_of_dropout(torch.device("cpu"), torch.float32) is None
     original = drop.run
     monkeypatch.setattr(drop, "run", lambda *given, site, **others: original(*given, site=site + 1, **others))
-    assert "out is off" in str(selftest.disagreement_of_dropout(torch.device("cpu"), torch.float32))
+    assert "draws from are others" not in (said := str(selftest.disagreement_of_dropout(torch.device("cpu"), torch.float32)))
+    assert "out is off" in said
+    original_draw = drop.run_draw
+    monkeypatch.setattr(drop, "run_draw", lambda *given: original_draw(*given) + 1)
+    assert "draws from are others" in str(selftest.disagreement_of_dropout(torch.device("cpu"), torch.float32))
