@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -14,6 +15,33 @@ from megalite.errors import UserError
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+
+    def given(self) -> list[str]:
+        """The settings that are not what they are when left out."""
+        return [
+            name
+            for name, field in type(self).model_fields.items()
+            if name in self.model_fields_set and getattr(self, name) != field.default
+        ]
+
+    def refuse(self, form: str, *, but: Collection[str]) -> None:
+        """Raise UserError for a setting that was given, of which `form` reads only some."""
+        for name in self.given():
+            if name not in but:
+                raise UserError(f"--{name.replace('_', '-')} = {_say(getattr(self, name))} is of no use to {form}; leave it out")
+
+    def require(self, **others: str) -> None:
+        """Raise UserError for a setting that was given without the other one, for which alone it is."""
+        for name in self.given():
+            if (other := others.get(name)) and not getattr(self, other):
+                flag, needed = name.replace("_", "-"), other.replace("_", "-")
+                raise UserError(f"--{flag} = {_say(getattr(self, name))} is for --{needed} alone; give that, too, or leave --{flag} out")
+
+
+def _say(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Log(Section):

@@ -77,6 +77,9 @@ def evaluate(request: Evaluation, overrides: dict[str, Any]) -> list[str]:
         raise UserError("megalite evaluate needs one model: megalite evaluate runs/NAME --data FILE")
     if not request.data and not request.harness:
         raise UserError("megalite evaluate needs --data FILE, or --harness TASK")
+    request.require(limit="harness", shots="harness", harness_tasks="harness")
+    if request.harness:
+        request.refuse("--harness, which has tasks of its own", but=("model", "harness", "harness_tasks", "limit", "shots", "output"))
     quiet_foreign()
     start = open_start(request.model[0])
     if request.harness:
@@ -104,8 +107,8 @@ def _measure(request: Evaluation, start: Start, overrides: dict[str, Any]) -> li
 
     if not launch.stands_alone():
         raise UserError("--harness measures on one device; start one process: srun --ntasks 1")
-    if request.data or overrides:
-        raise UserError("--harness measures by tasks of its own, on one device; leave --data and settings of the mesh out")
+    if overrides:
+        raise UserError("--harness measures on one device; leave settings of the mesh out")
     found = measure(request.model[0], request.harness, folder=request.harness_tasks, limit=request.limit, shots=request.shots)
     flat = {f"{task} {name.removesuffix(',none')}": value for task, values in found.items() for name, value in values.items()}
     return _write(flat, Config(), request, start)
@@ -134,6 +137,8 @@ def _matter(config: Config, start: Start, request: Evaluation) -> tuple[Config, 
     """Examples, and the config with the length that they need."""
     limit = config.data.sequence or config.model.sequence
     family = config.model.family
+    read = "columns" if config.task is not None else "text_key"
+    request.refuse("a fine-tuned model" if config.task else "a model of no task", but=("model", "data", "output", read))
     if config.task is not None:
         task = config.task.model_copy(update={"columns": request.columns or config.task.columns})
         faults = Faults(refuse=False)

@@ -53,8 +53,17 @@ class Generation(Section):
 
 def generate(request: Generation, *, say: Callable[[str], None]) -> None:
     """Carry it out."""
+    request.require(system="chat")
+    if request.prompt and request.file:
+        raise UserError(f"--prompt and --file {request.file} both give prompts; leave one of them out")
+    if request.temperature == 0 and request.number > 1:
+        raise UserError(
+            f"--temperature 0 always writes the same answer, but --number = {request.number}; raise --temperature or leave --number out"
+        )
     loaded, prompts = load(_only(request.model, "generate"), dtype=request.dtype), _prompts(request)
     torch.manual_seed(request.seed)
+    if loaded.family == "bert":
+        request.refuse("a BERT, which fills masks in", but=("model", "prompt", "file", "number", "dtype", "output"))
     if loaded.family == "bert":
         answers = [fill(loaded, prompt, number=request.number) for prompt in prompts]
     elif len(prompts) == 1 and request.number == 1 and not request.output:
@@ -75,6 +84,7 @@ def generate(request: Generation, *, say: Callable[[str], None]) -> None:
 
 def talk(request: Generation, *, lines: Iterable[str], say: Callable[[str], None]) -> None:
     """A conversation: every line is a turn of the user, the answer streams to the terminal."""
+    request.refuse("megalite chat", but=("model", "tokens", "temperature", "top_p", "seed", "system", "dtype"))
     loaded = load(_only(request.model, "chat"), dtype=request.dtype)
     if loaded.family == "bert":
         raise UserError("a BERT does not talk; megalite generate fills its masks in")

@@ -46,6 +46,7 @@ def embed(request: Embedding, *, say: Callable[[str], None]) -> None:
     """Carry it out."""
     if len(request.model) != 1:
         raise UserError("megalite embed needs one model: megalite embed runs/NAME --data FILE --output vectors.npy")
+    request.require(top="query")
     if request.output is None and not request.query:
         raise UserError("megalite embed needs --output FILE.npy or FILE.parquet, or --query TEXT")
     if request.output and not request.output.endswith((".npy", ".parquet")):

@@ -45,6 +45,7 @@ class Benching(Section):
 def bench(asked: Benching, overrides: dict[str, Any], *, on_slurm: OnSlurm | None = None) -> int:
     """What was asked; `on_slurm` serves --slurm. Returns the exit code."""
     quiet_foreign()
+    _check(asked, overrides)
     if asked.what[:1] == ("compare",):
         if len(asked.what) != 3:
             raise UserError(
@@ -56,10 +57,6 @@ def bench(asked: Benching, overrides: dict[str, Any], *, on_slurm: OnSlurm | Non
         return network.measure_links(ranks=asked.ranks or 4, folder=Path(asked.output))
     if asked.what == ("kernels",):
         return _bench_kernels(Path(asked.output))
-    if asked.slurm and not asked.sweep:
-        raise UserError(f"--slurm {asked.slurm} measures the layouts of a sweep; give --sweep FILE.yaml, or submit slurm/bench.sbatch")
-    if asked.nodes and not asked.slurm:
-        raise UserError(f"--nodes {asked.nodes} is for --slurm PROFILE; give it, or leave --nodes out")
     if asked.sweep:
         return sweep(
             Path(asked.sweep), asked, start=on_slurm(asked.slurm, asked.nodes or 1, None) if asked.slurm and on_slurm else start_here
@@ -70,6 +67,31 @@ def bench(asked: Benching, overrides: dict[str, Any], *, on_slurm: OnSlurm | Non
             "`network` or `kernels`"
         )
     return bench_run(_complete(settings.load(asked.what[0], overrides=overrides), asked), asked)
+
+
+READ = {  # by each form but a run's
+    "compare": ("what",),
+    "network": ("what", "ranks", "output"),
+    "kernels": ("what", "output"),
+    "sweep": ("sweep", "slurm", "nodes", "steps", "warm_up", "output"),
+}
+
+
+def _check(asked: Benching, overrides: dict[str, Any]) -> None:
+    """Nothing is asked for that would not be done."""
+    form = asked.what[0] if asked.what and asked.what[0] in READ else "sweep" if asked.sweep else ""
+    if form == "sweep" and asked.what:
+        raise UserError(f"{asked.what[0]} is of no use beside --sweep {asked.sweep}, which names its run; leave it out")
+    if form:
+        asked.refuse(f"megalite bench {'--' if form == 'sweep' else ''}{form}", but=READ[form])
+        if overrides:
+            cure = "write it into the file, under flags" if form == "sweep" else "leave it out"
+            raise UserError(f"--{next(iter(overrides))}... is of no use to megalite bench {'--' if form == 'sweep' else ''}{form}; {cure}")
+    if asked.slurm and not asked.sweep:
+        raise UserError(f"--slurm {asked.slurm} measures the layouts of a sweep; give --sweep FILE.yaml, or submit slurm/bench.sbatch")
+    asked.require(nodes="slurm")
+    if asked.ranks and form != "network":
+        raise UserError(f"--ranks {asked.ranks} is for megalite bench network; a run's ranks are those of its mesh")
 
 
 def _bench_kernels(folder: Path) -> int:

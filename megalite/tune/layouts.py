@@ -107,7 +107,9 @@ def legal(config: Config, found: Layouts) -> Array:
     chunked = np.isin(found.schedule, [number for number, name in enumerate(SCHEDULES) if name in CHUNKED])
     many = found.microbatches
     good = (model.heads % (found.tp * found.cp) == 0) & (model.num_kv_heads % found.tp == 0)
-    good &= (model.vocab or 1 << 30) >= found.tp
+    good &= (model.vocab or 1 << 30) // found.tp >= config.train.loss_pieces
+    if config.train.compile:
+        good &= (found.tp * found.cp == 1) & (found.schedule != ZERO_BUBBLE) & (found.recompute != RECOMPUTE.index("selective"))
     good &= (found.pp * found.chunks <= model.layers + 2) & (~chunked | (found.pp > 1)) & (chunked | (found.chunks == 1))
     good &= (found.batch % (found.dp * found.micro) == 0) & (many > 0)
     good &= (found.schedule != SCHEDULES.index("1f1b")) | (many >= found.pp)

@@ -16,6 +16,7 @@ from megalite.errors import UserError
 from megalite.hardware import GIB
 from megalite.tune import choices, memory, speed
 from megalite.tune.cluster import Cluster
+from megalite.tune.kept import parameters
 from megalite.tune.layouts import Array, Layouts, enumerate_layouts, legal
 from megalite.tune.runtime import Runtime
 from megalite.tune.shape import Shape
@@ -72,12 +73,22 @@ def limit(cluster: Cluster, runtime: Runtime) -> float:
 def search(config: Config, cluster: Cluster, runtime: Runtime, *, pinned: dict[str, int] | None = None) -> Found:
     """Raises UserError where no layout is legal."""
     layouts = enumerate_layouts(config, cluster.world, pinned=pinned or {})
+    if config.train.compile and len(layouts):
+        layouts = layouts.take(_stays(config, layouts, runtime))
     if not len(layouts):
         what = f"train.global_batch = {config.train.global_batch} on {cluster.world} GPUs"
-        fixed = f" with {', '.join(pinned)} as given" if pinned else ""
+        given = [*(pinned or {}), *(["train.compile"] if config.train.compile else [])]
+        fixed = f" with {', '.join(given)} as given" if given else ""
         raise UserError(f"{what}{fixed} has no layout; choose a global batch with more divisors, or give fewer settings")
     judged = judge(config, layouts, cluster, runtime)
     return Found(config, cluster, runtime, judged, ranked(judged))
+
+
+def _stays(config: Config, layouts: Layouts, runtime: Runtime) -> Array:
+    """Where the weights of a stage may stay for a step, as compiled blocks need under ZeRO-3 (engine.py)."""
+    shape = Shape.of(config)
+    weights = parameters(shape, layouts, split(shape, layouts, runtime.rule)).max(axis=0)
+    return (layouts.stage < 3) | (weights <= layouts.live)
 
 
 def ranked(judged: Judged) -> Array:

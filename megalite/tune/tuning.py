@@ -28,6 +28,7 @@ from megalite.upkeep import Section
 LEFT_OUT = {  # settings of a run that the closed form does not count, or not wholly: their plain value, and what others make of it
     ("model", "attention_dropout"): (0.0, "more time"),
     ("data", "document_mask"): (False, "less time"),
+    ("train", "compile"): (False, "less time, other activations"),
 }
 
 
@@ -75,8 +76,7 @@ def tune(asked: Tuning, overrides: dict[str, Any], *, on_slurm: OnSlurm | None =
     """What was asked; `overrides` are the flags of the run, `on_slurm` serves --slurm. Returns the exit code."""
     if asked.cluster is None:
         raise UserError(f"megalite tune needs --cluster NODESxGPUSxKIND, for instance 8x8xH100; kinds are {', '.join(cluster.table())}")
-    if asked.slurm and (asked.score or not asked.trials):
-        raise UserError(f"--slurm {asked.slurm} is where trials run; give --trials N, too, and no --score")
+    _check(asked, overrides)
     machines = cluster.find(asked.cluster)
     if asked.score:
         known = runtime.find(asked.runtime, kind=machines.kind)
@@ -112,6 +112,21 @@ def tune(asked: Tuning, overrides: dict[str, Any], *, on_slurm: OnSlurm | None =
         for line in write(found, best, Path(asked.write), source=asked.run[0]):
             console.print(line, markup=False)
     return 0
+
+
+def _check(asked: Tuning, overrides: dict[str, Any]) -> None:
+    """Nothing is asked for that would not be done."""
+    if asked.score:
+        if asked.run:
+            raise UserError(f"{asked.run[0]} is of no use to --score, which predicts a table of runs; leave it out")
+        asked.refuse("--score, which predicts a table of runs", but=("cluster", "score", "runtime", "hold_out", "fit", "trials"))
+        if overrides:
+            raise UserError(f"--{next(iter(overrides))}... is of no use to --score, which predicts a table of runs; leave it out")
+    asked.require(runtime="score", hold_out="score", fit="score", slurm="trials", timeout="trials", output="trials", picture="explain")
+    if asked.write and not asked.write.endswith(".json"):
+        raise UserError(f"--write {asked.write} is the name of a DeepSpeed JSON; let it end in .json")
+    if asked.picture and not asked.picture.endswith(".html"):
+        raise UserError(f"--picture {asked.picture} is a page; let it end in .html")
 
 
 def _try(asked: Tuning, found: search.Found, *, on_slurm: OnSlurm | None) -> int | None:
@@ -227,8 +242,6 @@ def _asked_layout(words: str, found: search.Found, rows: list[int]) -> tuple[Any
 
 def write(found: search.Found, row: int, path: Path, *, source: str) -> list[str]:
     """The DeepSpeed JSON, the run file beside it, and how to start it. Nothing is written unless both can be."""
-    if path.suffix != ".json":
-        raise UserError(f"--write {path} is the name of a DeepSpeed JSON; let it end in .json")
     layout = found.judged.layouts.row(row)
     document, run = choices.document(layout, found.config), path.with_suffix(".yaml")
     config = choices.as_config(found.config, layout, deepspeed=str(path))

@@ -49,5 +49,5 @@ def test_bits_a_byte_are_those_of_the_exported_model(gpt: Path, tmp_path: Path) 
 def test_an_unknown_task_or_data_beside_it_is_refused(gpt: Path) -> None:
     with pytest.raises(UserError, match="no task nothing_like_it"):
         judge.evaluate(judge.Evaluation(model=(str(gpt),), harness=("nothing_like_it",)), {})
-    with pytest.raises(UserError, match="leave --data"):
+    with pytest.raises(UserError, match="--data = x is of no use to --harness"):
         judge.evaluate(judge.Evaluation(model=(str(gpt),), harness=("toy",), data=("x",)), {})

@@ -17,7 +17,7 @@ from megalite.cluster import measure
 from megalite.cluster.settings import Site
 from megalite.config import Config
 from megalite.errors import UserError
-from megalite.tune import benching, cluster, confirm, runtime, search, tuning
+from megalite.tune import cluster, confirm, runtime, search, tuning
 from megalite.tune.score import Runs, predict_memory, predict_time, read_runs
 from megalite.tune.trials import Hunt, Outcome, play
 
@@ -201,13 +201,6 @@ def test_a_trial_that_ran_on_another_kind_of_device_is_refused(tmp_path: Path, m
             _found(_cells()[0]), trials=1, folder=tmp_path, timeout=9, start=lambda *_: 0, write=lambda _, folder: folder, say=say.append
         )
     assert not (tmp_path / "results.json").exists()
-
-
-def test_where_trials_run_is_no_option_without_trials() -> None:
-    with pytest.raises(UserError, match="--slurm mine is where trials run; give --trials N"):
-        tuning.tune(tuning.Tuning(run=("gpt2-124m",), cluster="1x8xH100", slurm="mine"), {})
-    with pytest.raises(UserError, match="--nodes 2 is for --slurm PROFILE"):
-        benching.bench(benching.Benching(what=("gpt-tiny",), nodes=2), {})
 
 
 def test_a_table_says_what_trials_would_have_found(capsys: pytest.CaptureFixture[str]) -> None:

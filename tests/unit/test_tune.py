@@ -57,20 +57,33 @@ def test_stages_are_those_that_the_engine_builds(name: str) -> None:
             assert (blocks, embed, head) == (sum(0 < layer <= layers for layer in mine), 0 in mine, layers + 1 in mine)
 
 
-def test_a_layout_is_legal_where_the_run_would_be_accepted() -> None:
-    draw, config = random.Random(7), settings.load("gpt-1.3b", overrides={"train": {"global_batch": 96}})
+@pytest.mark.parametrize("train", [{}, {"compile": True}, {"loss_pieces": 20000}], ids=str)
+def test_a_layout_is_legal_where_the_run_would_be_accepted(train: dict[str, object]) -> None:
+    draw, config = random.Random(7), settings.load("gpt-1.3b", overrides={"train": {"global_batch": 96, **train}})
     seen = set()
     for _ in range(400):
-        pp, schedule = draw.choice([1, 2, 3, 4, 26, 27]), draw.choice([0, 1, 2, 3])
+        pp, schedule = draw.choice([1, 2, 3, 4, 26, 27]), draw.choice([0, 1, 2, 3, 4])
         layout = Layouts.of(
             dp=draw.choice([1, 2, 3, 5]), tp=draw.choice([1, 2, 3, 16]), pp=pp, cp=draw.choice([1, 2, 3]), schedule=schedule,
             chunks=draw.choice([2, 3]) if schedule >= 2 else 1, micro=draw.choice([1, 2, 5, 16]), batch=96,
-            split_sequence=draw.choice([0, 1]),
+            split_sequence=draw.choice([0, 1]), recompute=draw.choice([0, 1, 2]),
         )  # fmt: skip
         accepted = not choices.why_not(config, layout.row(0))
         assert bool(legal(config, layout)[0]) == accepted, choices.say(layout.row(0))
         seen.add(accepted)
     assert seen == {True, False}
+
+
+def test_compiled_blocks_are_offered_with_weights_that_stay_alone() -> None:
+    found = _find("gpt-7b", train={"compile": True}, model={"layers": 16}).judged.layouts
+    assert set(found.stage.tolist()) == {0, 1, 2, 3} and set(found.live[found.stage == 3].tolist()) == {2_000_000_000}
+    with pytest.raises(UserError, match=r"with tp, train\.compile as given has no layout"):
+        search.search(
+            settings.load("gpt-7b", overrides={"train": {"compile": True}}),
+            cluster.find("1x8xH100"),
+            runtime.find("megalite"),
+            pinned={"tp": 2},
+        )
 
 
 def test_no_limit_is_offered_that_the_vocabulary_does_not_fit_into() -> None:
