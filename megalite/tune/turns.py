@@ -158,7 +158,8 @@ def halved(
     found = [fullest(first, state) for state in states]
     if head and not size[-1]:
         found[3] = found[0]
-    return *map(tuple, found), *(tuple(fullest(second, begun & (second[4] >= least))) for least in (1, most))
+    ends = begun & (second[4] > 0) & (second[7] > 0 if embed else True)
+    return *map(tuple, found), *(tuple(fullest(second, states)) for states in (ends, begun & (second[4] == most)))
 
 
 def _early_halves(pp: int, place: int, group: int, many: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -119,6 +119,7 @@ def test_the_closed_form_follows_layouts_that_once_were_off(words: str, bucket: 
                     500,
                 ),  # one for the host
                 (pytest.mark.slow, "dp4 pp4 zero3 micro2 zerobubble selective", 200, 2000),  # a bucket, beside what was sent on
+                (pytest.mark.slow, "dp8 pp2 zero3 micro1 zerobubble3 full offload", 50, 500),  # an embedding larger than what is kept
             )
         ),
     ],
