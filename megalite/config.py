@@ -81,7 +81,7 @@ class Model(Section):
     dropout: Share = 0.0
     """Share of the elements dropped after the embedding and after attention and MLP of every block, in training."""
     attention_dropout: Share = 0.0
-    """Share of the attention probabilities dropped, in training; needs memory for all s x s of them."""
+    """Share of the attention probabilities dropped, in training; without the fused kernels all s x s of them are in memory."""
     head: Literal["pretrain", "classify", "regress", "tag"] = "pretrain"
     """What the trunk ends in; `megalite finetune` sets it."""
     labels: PositiveInt = 1

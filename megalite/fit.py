@@ -1,4 +1,5 @@
-"""Does a run fit its mesh? Every number that must divide another is checked here, before a rank is started.
+"""Does a run fit its mesh, and is every setting of use in it? Every number that must divide another is checked here, before a rank is
+started.
 
 In: a `Config` and the number of ranks.  Out: the config with mesh.dp filled in, or a UserError that names both numbers and the cure.
 """
@@ -9,6 +10,17 @@ import math
 
 from megalite.config import CHUNKED, Config
 from megalite.errors import UserError
+
+READ = (  # settings that are read in some runs alone: in which, and how that is said
+    ("model", "rope_base", lambda config: config.model.positions == "rope", "model.positions = rope"),
+    ("data", "whole_word", lambda config: config.model.family == "bert", "model.family = bert"),
+    ("data", "mask_fraction", lambda config: config.model.family == "bert", "model.family = bert"),
+    ("data", "corpus_tokenizer", lambda config: config.data.corpus, "data.corpus"),
+    ("data", "corpus_vocab", lambda config: config.data.corpus, "data.corpus"),
+    ("optimizer", "decay_fraction", lambda config: config.optimizer.schedule == "wsd", "optimizer.schedule = wsd"),
+    ("watch", "window", lambda config: config.watch.spike, "watch.spike"),
+    ("watch", "allowed", lambda config: config.watch.bad_step != "stop", "watch.bad_step = skip or rewind"),
+)
 
 
 def resolve_mesh(config: Config, world: int) -> Config:
@@ -25,6 +37,7 @@ def resolve_mesh(config: Config, world: int) -> Config:
         change = ", ".join(f"mesh.{axis}" for axis in list(degrees)[:-1])
         raise UserError(f"{product}, but {world} ranks were started; start {mesh.world} or change {change} or mesh.tp")
     config = config.model_copy(update={"mesh": mesh})
+    _check_use(config)
     _check_heads(config)
     _check_stages(config)
     _check_compile(config)
@@ -39,6 +52,14 @@ def resolve_mesh(config: Config, world: int) -> Config:
             f"train.loss_pieces = {config.train.loss_pieces} is more than a rank's {words} words of the vocabulary; lower train.loss_pieces"
         )
     return config
+
+
+def _check_use(config: Config) -> None:
+    """No setting is accepted and ignored."""
+    for section, name, is_read, where in READ:
+        part = getattr(config, section)
+        if name in part.given() and not is_read(config):
+            raise UserError(f"{section}.{name} = {getattr(part, name)} is read with {where} alone; set that, or leave {section}.{name} out")
 
 
 def _check_heads(config: Config) -> None:

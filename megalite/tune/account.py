@@ -70,11 +70,10 @@ class Account(Sizes):
     def turn(self, alive: Alive) -> Moment:
         found = self.held(alive, turn=True)
         # the gradients of the head's weight and input, and the padded weight; of BERT's also that of its input by the pairs
-        weight = self.width * self.words * self.padded * (1 + (self.padded > 1))
-        # in pieces: the whole gradients, the input's in fp32, the logits of a piece, what it adds to both, and its weight if that is padded
-        pieces = self.width * self.words + self.whole * (1 + 4 / self.width) + self.piece * self.row
-        pieces = pieces + self.width * self.shape.width * self.piece * (1 + self.piece_copied)
-        made = np.where(np.asarray(self.shape.pieces) > 1, pieces, weight + self.whole)
+        made = self.width * self.words * self.padded * (1 + (self.padded > 1)) + self.whole
+        if self.shape.pieces > 1:  # the input's in fp32, the logits of a piece, what it adds to both, and its weight if that is padded
+            made = made + 4 / self.width * self.whole + self.piece * self.row
+            made = made + self.width * self.shape.width * self.piece * (1 + self.piece_copied)
         found["working"] = alive.top * (made + self.hidden * np.asarray(self.shape.bert))
         found["buckets"] = found["buckets"] + alive.top * self.moved * self.pairs
         return "turn", found, total(found)

@@ -33,7 +33,7 @@ def moments(shape: Shape, layouts: Layouts, split: Split, runtime: Runtime) -> I
     for state in ("deep", "next")[: 1 + several]:
         yield from account.first_half(alive[state])
     yield account.end(alive["end"])
-    for state in ("rest", "most")[: 1 + several]:
+    for state in ("rest", "last")[: 1 + several]:
         yield from account.second_half(alive[state])
 
 

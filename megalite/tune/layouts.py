@@ -7,6 +7,7 @@ them together. A row becomes a run config again in choices.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ class Layouts:
         """Ranks that hold the same weights, over which ZeRO shards them."""
         return self.dp * self.cp
 
-    @property
+    @functools.cached_property
     def microbatches(self) -> Array:
         return self.batch // (self.dp * self.micro)
 

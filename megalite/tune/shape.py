@@ -45,7 +45,7 @@ class Shape:
     dropout: Number = False  # behind attention, the MLP and the embedding
     attention_dropout: Number = False
     documents: Number = False  # samples are packed from several, and kept apart
-    pieces: Number = 1  # of the vocabulary, that the loss is made in
+    pieces: int = 1  # of the vocabulary, that the loss is made in
 
     @classmethod
     def of(cls, config: Config) -> Shape:

@@ -65,15 +65,16 @@ class Sizes:
         self.hidden = self.whole / np.where(self.cut, t, 1)
         self.mlp = self.hidden + self.row * np.where(shape.gated, 4, 2) * self.f  # of it, behind the second norm
         words = ceil(shape.vocab, t)
-        # the head's products are padded, see kernels/cross_entropy.py; its whole gradient is not where it is put together of pieces
-        self.padded = np.where(np.asarray(shape.pieces) > 1, 1.0, np.ceil(words / 64) * 64 / words)
-        # made in pieces, no logits are kept, but one of three numbers a token; the last piece is the largest
-        pieces = self.shape.pieces
-        unit = np.where(words >= pieces * 64, 64, 1)
-        last = words - words * (pieces - 1) // pieces // unit * unit
-        self.piece = np.where(pieces > 1, np.ceil(last / 64) * 64, 0.0)  # words
-        self.piece_copied = last % 64 > 0
-        self.head = self.whole + self.row * np.where(pieces > 1, 12.0 / w, words * self.padded)
+        pieces = shape.pieces
+        if pieces == 1:  # the head's products are padded, see kernels/cross_entropy.py
+            self.padded = np.ceil(words / 64) * 64 / words
+            self.head = self.whole + self.row * words * self.padded
+        else:  # no logits are kept, but three numbers a token; the last piece is the largest
+            self.padded = np.ones_like(words, dtype=float)
+            unit = np.where(words >= pieces * 64, 64, 1)
+            last = words - words * (pieces - 1) // pieces // unit * unit
+            self.piece, self.piece_copied = np.ceil(last / 64) * 64, last % 64 > 0  # words
+            self.head = self.whole + 12.0 / w * self.row
         # of BERT's also the product before it and its GELU, which the norm saves; and what a norm saves at the end of an embedding or block
         bert = 1.0 * np.asarray(shape.bert)
         self.head = self.head + 2.0 * bert * self.hidden

@@ -87,8 +87,7 @@ def one_pass(shape: Shape, layouts: Layouts, cluster: Cluster, runtime: Runtime)
     else:  # scores are written and read: products, scale, mask, softmax, dropout and back
         attention = (again * 4.0 * own * k / (peak * c.matmul)) + (again * 8.0 * own * width / bandwidth) * c.scores
     share = np.where(layouts.split_sequence == 1, t, 1)
-    # dropout is added up with its residual, which is there anyway; two gradients are read and written
-    sums = 26.0 + np.where(shape.dropout, 4.0, 0.0)
+    sums = 26.0 + 4.0 * shape.dropout  # two gradients are read and written; forward it is added up with what is added anyway
     elements = tokens * (sums * d / share + (8.0 * shape.ups - 3.0) * f + 6.0 * shape.columns(t) * np.where(shape.rope, 1, 0))
     elementwise = elements * (1 + 0.35 * (layouts.recompute > 0)) * width / bandwidth * c.elementwise
     tp = _tensor_parallel(shape, layouts, tokens, cluster, runtime)
@@ -97,11 +96,10 @@ def one_pass(shape: Shape, layouts: Layouts, cluster: Cluster, runtime: Runtime)
     far = (layouts.pp > 1) & (layouts.world > cluster.gpus)  # sends to other nodes stand in the way of collectives
     floor = (c.launch + c.launch_tp * t / 8 + c.launch_far * t * far) * (1 + (layouts.recompute == 2) / 3)
     launch = (busy**12 + floor**12) ** (1 / 12) - busy  # whichever is longer, the corner rounded
-    # in pieces of the vocabulary, the logits are made again, and each adds to the input's gradient in fp32
-    pieces = np.asarray(shape.pieces)
-    head = product(ceil(shape.vocab, t), d, 3.0 + (pieces > 1))
+    head = product(ceil(shape.vocab, t), d, 3.0 if shape.pieces == 1 else 4.0)
     logits = tokens * ceil(shape.vocab, t) * 4.0 * 8.0 / bandwidth * c.logits
-    logits = logits + np.where(pieces > 1, pieces * tokens * d * (8.0 + width) / bandwidth * c.elementwise, 0.0)
+    if shape.pieces > 1:  # each adds to the input's gradient in fp32
+        logits = logits + shape.pieces * tokens * d * (8.0 + width) / bandwidth * c.elementwise
     return Pass(
         {"matmul": block, "attention": attention, "elementwise": elementwise, "launch": launch, "tp": tp, "cp": cp},
         {"matmul": head, "elementwise": logits, "launch": floor * c.embed, "tp": tp / 4},

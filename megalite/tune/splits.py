@@ -100,7 +100,7 @@ def _named(states: Any) -> dict[str, Alive]:
 
 
 def halfway(layouts: Layouts, split: Split) -> dict[str, Halved]:
-    """The same where backward passes are halved; and of second halves `rest`, the fullest, and `most`, of a chunk of most blocks."""
+    """The same where backward passes are halved; and of second halves `rest`, the fullest, and `last`, behind the embedding."""
     many = np.maximum(1, layouts.microbatches // layouts.pp)
     group, rounds = layouts.microbatches // many, np.minimum(many, ROUNDS)
     found = _once(layouts, split, group, rounds, layouts.recompute, functools.partial(_follow_halved, split))

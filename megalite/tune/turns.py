@@ -14,7 +14,7 @@ import numpy as np
 from megalite.tune.layouts import Array
 
 STATES = ("turn", "deep", "next", "end")
-HALVED = (*STATES, "rest", "most")  # where backward passes are halved, the second half too
+HALVED = (*STATES, "rest", "last")  # where backward passes are halved, the second half too
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,9 @@ def _early(v: int, pp: int, place: int, group: int, total: int) -> tuple[int, in
 def halved(
     sizes: tuple[int, ...], embed: bool, head: bool, pp: int, place: int, rounds: tuple[int, int], *, recompute: int
 ) -> tuple[Any, ...]:
-    """The same of zero-bubble schedules, with one chunk or several, and of the second halves the fullest, and the fullest of a chunk of the
-    most blocks: there `chunk` gets its weights' gradients, and `bottom` says that the embedding has just gone back.
+    """The same of zero-bubble schedules, with one chunk or several, and of the second halves the fullest, and the fullest behind the
+    embedding, or on a rank without one of a chunk of the most blocks: there `chunk` gets its weights' gradients, and `bottom` says that the
+    embedding has just gone back.
     """
     group, many = rounds
     v, total = len(sizes), group * many * len(sizes)
@@ -158,8 +159,8 @@ def halved(
     found = [fullest(first, state) for state in states]
     if head and not size[-1]:
         found[3] = found[0]
-    ends = begun & (second[4] > 0) & (second[7] > 0 if embed else True)
-    return *map(tuple, found), *(tuple(fullest(second, states)) for states in (ends, begun & (second[4] == most)))
+    done = begun & (second[4] > 0)
+    return *map(tuple, found), *(tuple(fullest(second, states)) for states in (done, done & (bottom > 0 if embed else second[4] == most)))
 
 
 def _early_halves(pp: int, place: int, group: int, many: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -231,6 +231,17 @@ def _run(**sections: dict[str, Any]) -> Config:
             2,
             "train.loss_pieces = 8 is more than a rank's 7 words of the vocabulary; lower train.loss_pieces",
         ),
+        ({"model": {"rope_base": 5e5}}, 1, "model.rope_base = 500000.0 is read with model.positions = rope alone; set that, or leave"),
+        ({"data": {"whole_word": True}}, 1, "data.whole_word = True is read with model.family = bert alone"),
+        ({"data": {"mask_fraction": 0.3}}, 1, "data.mask_fraction = 0.3 is read with model.family = bert alone"),
+        ({"data": {"corpus_vocab": 300}}, 1, "data.corpus_vocab = 300 is read with data.corpus alone"),
+        ({"optimizer": {"decay_fraction": 0.1}}, 1, "optimizer.decay_fraction = 0.1 is read with optimizer.schedule = wsd alone"),
+        ({"watch": {"window": 8}}, 1, "watch.window = 8 is read with watch.spike alone"),
+        (
+            {"watch": {"allowed": 2}},
+            1,
+            "watch.allowed = 2 is read with watch.bad_step = skip or rewind alone; set that, or leave watch.allowed",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_both_numbers_and_the_cure(sections: dict, world: int, words: str) -> None:
