@@ -30,7 +30,6 @@ from megalite.data.lessons import check_family, read_lessons
 from megalite.data.tokenizer import open_tokenizer
 from megalite.ds_config import read_document
 from megalite.errors import UserError
-from megalite.evaluate.examine import batches_of, examine
 from megalite.fit import resolve_mesh
 from megalite.log import open_voice, quiet_foreign
 from megalite.pretrain import is_finished, say, train_on_ranks, write_config
@@ -153,6 +152,7 @@ def _train(config: Config, rank: int, *, lessons: Lessons) -> str | None:
 
 def open_material(config: Config, mesh: Any, *, lessons: Lessons) -> Any:
     """What the loop of pretraining learns from and is judged by."""
+    from megalite.evaluate.examine import batches_of, examine  # as train: DeepSpeed takes seconds to import
     from megalite.train import Judge, Material, deal
 
     task = config.task

@@ -313,3 +313,11 @@ def test_a_wrong_flag_is_answered_without_importing_torch(tmp_path: Path) -> Non
         [sys.executable, "-c", code + "print('torch' in sys.modules)"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert found.stdout == "False\n"
+
+
+def test_no_verb_imports_deepspeed_before_its_words_are_understood(tmp_path: Path) -> None:
+    """It takes seconds, and says so on the console."""
+    homes = ("pretrain", "finetune", "evaluate.judge", "evaluate.text", "evaluate.vectors", "tune.tuning", "tune.benching", "tune.verify")
+    code = f"import sys, importlib; [importlib.import_module('megalite.' + name) for name in {homes}]; print('deepspeed' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
