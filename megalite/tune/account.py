@@ -52,19 +52,16 @@ class Account(Sizes):
         found = dict(self.always)
         top: Any = 0.0 if turn else alive.top  # the head has gone back
         gone = top * alive.bottom if closing else top  # what the head was made of; but what a chunk received stays until its end
-        found["buckets"] = found["buckets"] + top * self.moved * self.joined * self.pairs
-        found["activations"] = (
-            alive.blocks * self.kept
-            + (alive.units + alive.waiting - gone) * self.hidden
-            + (alive.heads - top) * self.head
-            + (alive.embeds - closing * alive.bottom) * self.normed
-        )
+        kept = alive.blocks * self.kept + (alive.units + alive.waiting - gone) * self.hidden + (alive.heads - top) * self.head
+        if self.bert:
+            found["buckets"] = found["buckets"] + top * self.moved * self.joined * self.pairs
+            kept = kept + (alive.embeds - closing * alive.bottom) * self.normed
+        found["activations"] = kept
         if turn:
             found["gathered"] = self.at_turn
             return found
         found["gathered"] = self.at_end if closing else self.at_deep
-        # the head's gradient waits for the embedding's, if they are one weight
-        found["gradients"] = found["gradients"] + self.width * self.words * self.both * self.padded
+        found["gradients"] = found["gradients"] + self.waits
         return found
 
     def turn(self, alive: Alive) -> Moment:
@@ -74,8 +71,10 @@ class Account(Sizes):
         if self.shape.pieces > 1:  # the input's in fp32, the logits of a piece, what it adds to both, and its weight if that is padded
             made = made + 4 / self.width * self.whole + self.piece * self.row
             made = made + self.width * self.shape.width * self.piece * (1 + self.piece_copied)
-        found["working"] = alive.top * (made + self.hidden * np.asarray(self.shape.bert))
-        found["buckets"] = found["buckets"] + alive.top * self.moved * self.pairs
+        if self.bert:
+            made = made + self.hidden * np.asarray(self.shape.bert)
+            found["buckets"] = found["buckets"] + alive.top * self.moved * self.pairs
+        found["working"] = alive.top * made
         return "turn", found, total(found)
 
     def _joins(self, alive: Alive, rest: Array) -> Array:
@@ -86,7 +85,9 @@ class Account(Sizes):
         """The blocks and the elements of the first bucket that has blocks, and those of a head that goes before."""
         joined = alive.top * (self.beside > 0)
         blocks = np.minimum(np.where(joined > 0, self.beside, self.per), alive.chunk)
-        before = np.where(self.pairs > 0, self.pairs * (1 - self.joined), self.alone * (1 - joined) * self.words)
+        before = self.alone * (1 - joined) * self.words
+        if self.bert:
+            before = np.where(self.pairs > 0, self.pairs * (1 - self.joined), before)
         return blocks, self.dense * blocks + joined * self.words, alive.top * before
 
     def blocks(self, alive: Alive) -> Iterator[Moment]:

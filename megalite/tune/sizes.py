@@ -76,8 +76,10 @@ class Sizes:
             self.piece, self.piece_copied = np.ceil(last / 64) * 64, last % 64 > 0  # words
             self.head = self.whole + 12.0 / w * self.row
         # of BERT's also the product before it and its GELU, which the norm saves; and what a norm saves at the end of an embedding or block
+        self.bert = bool(np.any(shape.bert))
         bert = 1.0 * np.asarray(shape.bert)
         self.head = self.head + 2.0 * bert * self.hidden
+        self.waits = w * self.words * self.both * self.padded  # the head's gradient for the embedding's, if they are one weight
         # a row's gradient, which is not that of the sum behind it; where sequences are split, it is let go when it has been gathered
         self.dropped = self.hidden * (np.asarray(shape.dropout) & ~self.cut)
         self.normed = bert * (self.hidden + 8.0 * self.row / w / np.where(self.cut, t, 1))
