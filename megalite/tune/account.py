@@ -169,10 +169,9 @@ class Account(Sizes):
         # where no norm comes before the product, only the sum of its input's gradient with that of what was added to it
         during = after + (self.normed == 0) * (hidden + np.where(alive.bottom > 0, hidden, 0.0))
         ended = np.maximum(
-            moved * (last + previous) + self.copied * previous + during,
-            moved * last + self.copied * last + np.where(self.shape.bias, during, after),
+            moved * (last + previous) + self.copied * previous + during + alive.bottom * self.normed,
+            moved * last + self.copied * last + np.where(self.shape.bias, during, after),  # an embedding's norm has gone back by then
         )
-        ended = ended + alive.bottom * self.normed
         found["working"] = np.where(alive.bottom > 0, np.maximum(own, ended), ended)
         return "end", found, total(found)
 
