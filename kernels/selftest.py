@@ -37,42 +37,29 @@ def _ask(device: str, dtype: torch.dtype, width: int, dropout: bool) -> str | No
 
 def why_not_rows(x: Tensor) -> str | None:
     """Why the kernels over rows of logits are not to be used for tensors like x; None where they are."""
-    return why_not_triton(x) or _ask_rows(str(x.device), x.dtype)
+    return why_not_triton(x) or _ask_without_width("cross-entropy", str(x.device), x.dtype)
+
+
+def why_not_dropout(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the kernels of dropout are not to be used where x is, in that precision; None where they are."""
+    return why_not_triton(x) or _ask_without_width("dropout", str(x.device), dtype)
 
 
 @torch.compiler.assume_constant_result
-def _ask_rows(device: str, dtype: torch.dtype) -> str | None:
-    return _rows_disagreement(device, dtype)
+def _ask_without_width(which: str, device: str, dtype: torch.dtype) -> str | None:
+    return _disagreement_without_width(which, device, dtype)
 
 
 @cache
-def _rows_disagreement(device: str, dtype: torch.dtype) -> str | None:
-    return _trusted(
-        lambda: disagreement_of_rows(torch.device(device), dtype), device, f"fused cross-entropy is not used on {device} in {dtype}"
-    )
+def _disagreement_without_width(which: str, device: str, dtype: torch.dtype) -> str | None:
+    test = {"cross-entropy": disagreement_of_rows, "dropout": disagreement_of_dropout}[which]
+    return _trusted(lambda: test(torch.device(device), dtype), device, f"fused {which} is not used on {device} in {dtype}")
 
 
 @cache
 def _disagreement(device: str, dtype: torch.dtype, width: int, dropout: bool) -> str | None:
     what = f"fused attention{' with dropout' if dropout else ''} is not used on {device} in {dtype} at head width {width}"
     return _trusted(lambda: disagreement(torch.device(device), dtype, width, dropout=dropout), device, what)
-
-
-def why_not_dropout(x: Tensor, dtype: torch.dtype) -> str | None:
-    """Why the kernels of dropout are not to be used where x is, in that precision; None where they are."""
-    return why_not_triton(x) or _ask_dropout(str(x.device), dtype)
-
-
-@torch.compiler.assume_constant_result
-def _ask_dropout(device: str, dtype: torch.dtype) -> str | None:
-    return _dropout_disagreement(device, dtype)
-
-
-@cache
-def _dropout_disagreement(device: str, dtype: torch.dtype) -> str | None:
-    return _trusted(
-        lambda: disagreement_of_dropout(torch.device(device), dtype), device, f"fused dropout is not used on {device} in {dtype}"
-    )
 
 
 def _trusted(test: Callable[[], str | None], device: str, what: str) -> str | None:

@@ -30,12 +30,12 @@ def _run(x: Tensor, residual: Tensor | None, *, impl: Any = "triton", rate: floa
 def test_it_drops_what_pytorch_drops_and_goes_back_the_same_way(width: int, dtype: torch.dtype) -> None:
     x, residual = _inputs(width, dtype)
     ours, plain = _run(x, residual), _run(x, residual, impl="reference")
-    off = 2e-7 if dtype == torch.float32 else 2e-3
-    torch.testing.assert_close(ours, plain, rtol=off, atol=off)
+    # PyTorch rounds the product to fp16 before it is added, the kernel the sum alone; in fp32 both round each
+    off = 0.0 if dtype == torch.float32 else 2.0**-10 * float(x.detach().abs().max()) / 0.7
+    torch.testing.assert_close(ours, plain, rtol=0, atol=off)
     given = torch.randn(2, 7, width).to(dtype)
     for mine, theirs in zip(*(torch.autograd.grad(out, (x, residual), given) for out in (ours, plain)), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=off, atol=0)
-        assert torch.equal(mine == 0, theirs == 0)
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("rate", [0.0, 2**-16, 0.5, 1 - 2**-16])
@@ -75,7 +75,8 @@ def test_every_way_to_run_gives_the_numbers_of_eager(way: str) -> None:
 
 def test_the_residual_may_be_of_another_precision() -> None:
     x, residual = _inputs(40)
-    torch.testing.assert_close(_run(x.half(), residual), _run(x.half(), residual, impl="reference"), rtol=1e-3, atol=1e-3)
+    off = 2.0**-11 * float(x.detach().abs().max()) / 0.7  # PyTorch rounds the product to fp16, the kernel nothing
+    torch.testing.assert_close(_run(x.half(), residual), _run(x.half(), residual, impl="reference"), rtol=0, atol=off)
 
 
 @pytest.mark.parametrize("site", [0, -1, 2**40, SITE])
