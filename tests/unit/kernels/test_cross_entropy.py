@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from megalite.tune.ledger import Ledger
+
 
 def _inputs(n: int = 20, d: int = 12, v: int = 37, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], torch.Tensor]:
     torch.manual_seed(n + v)
@@ -67,6 +69,17 @@ def test_no_allocation_is_as_large_as_the_logits() -> None:
         largest[pieces] = max(event.cpu_memory_usage for event in seen.events() if event.name.startswith("aten::"))
     logits = 256 * 800 * 4
     assert largest[1] >= logits and largest[16] <= logits / 8
+
+
+def test_a_piece_is_let_go_before_the_next_one_is_made() -> None:
+    """In both passes; what else is made is less than a piece."""
+    (x, weight, _), labels = _inputs(256, 4, 2048, torch.float32)
+    with Ledger() as ledger:
+        statistics = linear_statistics(x, weight, None, labels, pieces=16)
+        forward = ledger.peak["cpu"]
+        torch.autograd.grad(statistics.sum(), (x, weight))
+    piece = 256 * 2048 * 4 // 16
+    assert piece <= forward < 2 * piece and piece <= ledger.peak["cpu"] < 2 * piece
 
 
 def test_one_piece_is_kept_in_aligned_rows_and_goes_back_once() -> None:
